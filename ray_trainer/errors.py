@@ -1,0 +1,52 @@
+"""Every error that a caller may want to handle.
+
+::
+
+    RayTrainerError
+    ├── ConfigError (ValueError)               the configuration is wrong; lists every error
+    ├── DataError (ValueError)                 the data cannot be trained on
+    ├── CheckpointError (RuntimeError)
+    │   ├── CheckpointNotFoundError (FileNotFoundError)
+    │   ├── CheckpointCorruptError             files are missing or differ from the manifest
+    │   └── StateMismatchError (ValueError)    the checkpoint belongs to something else
+    ├── DivergenceError (RuntimeError)         gradients or losses stopped being numbers
+    └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
+
+All of them survive pickling between processes: the message is the only argument.
+"""
+
+
+class RayTrainerError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class ConfigError(RayTrainerError, ValueError):
+    """A configuration cannot be used; the message lists every error, one a line."""
+
+
+class DataError(RayTrainerError, ValueError):
+    """A dataset cannot be trained on: empty, of the wrong form, or with values out of range."""
+
+
+class CheckpointError(RayTrainerError, RuntimeError):
+    """A checkpoint could not be written, read or used."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the place that was named."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """The files of a checkpoint are missing or differ from its manifest."""
+
+
+class StateMismatchError(CheckpointError, ValueError):
+    """A checkpoint is whole, but holds the state of another model, run or set of parts."""
+
+
+class DivergenceError(RayTrainerError, RuntimeError):
+    """Training stopped because its numbers went wrong too many times in a row."""
+
+
+class RunError(RayTrainerError, RuntimeError):
+    """A run on the cluster ended in failure; the message says why and how to go on."""
