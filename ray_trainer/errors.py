@@ -17,7 +17,13 @@ All of them survive pickling between processes: the message is the only argument
 
 
 class RayTrainerError(Exception):
-    """Root of all errors that this package raises on purpose."""
+    """Root of all errors that this package raises on purpose.
+
+    Attributes:
+        on_all_ranks: every rank raises the same, so each may end in its own time and none waits for another.
+    """
+
+    on_all_ranks = False
 
 
 class ConfigError(RayTrainerError, ValueError):

@@ -1,1 +1,23 @@
-"""Being built."""
+"""Checkpoints: whole or nothing, safe to load, and the right ones kept."""
+
+from ray_trainer.checkpoint.catalog import CheckpointRecord, list_checkpoints, verify
+from ray_trainer.checkpoint.direct import CheckpointMetadata
+from ray_trainer.checkpoint.manager import CheckpointManager
+from ray_trainer.checkpoint.manifest import CheckpointMeta, Manifest, NewerFormatError
+from ray_trainer.checkpoint.restore import LoadedCheckpoint, Rejection
+from ray_trainer.checkpoint.weights import export_weights, load_weights
+
+__all__ = [
+    "CheckpointManager",
+    "CheckpointMeta",
+    "CheckpointMetadata",
+    "CheckpointRecord",
+    "LoadedCheckpoint",
+    "Manifest",
+    "NewerFormatError",
+    "Rejection",
+    "export_weights",
+    "list_checkpoints",
+    "load_weights",
+    "verify",
+]

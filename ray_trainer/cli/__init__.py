@@ -1,1 +1,47 @@
-"""Being built."""
+"""The program ``ray-trainer``: one file a command, one place for exit codes."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from ray_trainer.cli import config, export, train
+from ray_trainer.errors import ConfigError, DataError, RayTrainerError
+from ray_trainer.overrides import split_overrides
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 1 the run failed; 2 wrong usage, configuration or data; 130 interrupted. SIGTERM ends the program
+        with 143 through `SystemExit`.
+    """
+    others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args = _parser().parse_args(others)
+    args.overrides = overrides
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return int(args.run(args))
+    except (ConfigError, DataError) as error:
+        print(f"ray-trainer: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except RayTrainerError as error:
+        print(f"ray-trainer: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ray-trainer",
+        description="Fault-tolerant training of PyTorch models on Ray clusters.",
+        epilog="Settings of a run file are changed by section.key=value or --section.key value.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (train, export, config):
+        command.add_parser(subparsers)
+    return parser

@@ -1,0 +1,138 @@
+"""What checkpoints a run has. The manifests on storage are the truth; nothing here changes a file."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+from ray_trainer.checkpoint.layout import (
+    checkpoint_order,
+    content_problem,
+    read_manifest,
+    size_problems,
+)
+from ray_trainer.checkpoint.manifest import MANIFEST, Manifest, NewerFormatError
+from ray_trainer.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ray_trainer.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """A checkpoint in a list.
+
+    Attributes:
+        uri: what `load_weights` and `resume_from` take.
+        size_bytes: of all its files.
+        seconds: how long the save took.
+        monitor_value: of `monitor`, as it was configured at the save; None if it is missing or not finite.
+        time: of the save, UNIX seconds.
+    """
+
+    name: str
+    uri: str
+    step: int
+    epoch: int
+    size_bytes: int
+    seconds: float
+    metrics: dict[str, float]
+    monitor: str
+    mode: str
+    monitor_value: float | None
+    time: float
+    attempt: int
+
+    @classmethod
+    def of(cls, name: str, uri: str, manifest: Manifest) -> "CheckpointRecord":
+        """The record of the checkpoint that a manifest describes."""
+        return cls(
+            name=name,
+            uri=uri,
+            step=manifest.step,
+            epoch=manifest.epoch,
+            size_bytes=manifest.size_bytes,
+            seconds=manifest.seconds,
+            metrics=manifest.metrics,
+            monitor=manifest.monitor,
+            mode=manifest.mode,
+            monitor_value=manifest.monitor_value,
+            time=manifest.time,
+            attempt=manifest.attempt,
+        )
+
+
+def open_storage(location: Storage | str | os.PathLike[str]) -> Storage:
+    """The directory that a user named, or one that is open already."""
+    return location if isinstance(location, Storage) else Storage.open(location)
+
+
+def resolve(run: Storage, text: str) -> Storage:
+    """The directory that a user means: a name in the run, a path or a URI."""
+    if checkpoint_order(text) is not None and run.child(text).exists():
+        return run.child(text)
+    place = text if not run.is_local and text.startswith((run.uri, run.path)) else Storage.open(text).uri
+    for own in (run.uri, run.path):
+        if place.rstrip("/") == own:
+            return run
+        if place.startswith(f"{own}/"):
+            return run.child(place.removeprefix(f"{own}/").rstrip("/"))
+    return Storage.open(text)
+
+
+def is_checkpoint(place: Storage) -> bool:
+    """Whether a directory is a checkpoint, or the rest of one, and not a run."""
+    return checkpoint_order(place.path.rpartition("/")[2]) is not None or place.exists(MANIFEST)
+
+
+def checkpoint_names(run: Storage) -> list[str]:
+    """The names of all checkpoint directories, finished or not, old to new."""
+    named = [(order, name) for name in run.list() if (order := checkpoint_order(name))]
+    return [name for _, name in sorted(named)]
+
+
+def list_checkpoints(location: Storage | str | os.PathLike[str]) -> list[CheckpointRecord]:
+    """The checkpoints of a run, old to new: good manifest, all files there, right sizes.
+
+    Checksums are not computed; `verify` does.
+    """
+    run = open_storage(location)
+    records = [_record(run, name) for name in checkpoint_names(run)]
+    return [record for record in records if record]
+
+
+def verify(location: Storage | str | os.PathLike[str], name: str) -> list[str]:
+    """Read every file of a checkpoint and say what is wrong with it; nothing if it is whole.
+
+    Args:
+        location: the run.
+        name: of the checkpoint in it.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory.
+        NewerFormatError: a later version wrote it.
+    """
+    checkpoint = open_storage(location).child(name)
+    if not checkpoint.exists():
+        raise CheckpointNotFoundError(f"Checkpoint not found: {checkpoint.uri}")
+    try:
+        manifest = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing: the save was never finished"]
+    except CheckpointCorruptError as error:
+        return [str(error)]
+    problems = (content_problem(checkpoint, file, entry) for file, entry in manifest.files.items())
+    return [problem for problem in problems if problem]
+
+
+def _record(run: Storage, name: str) -> CheckpointRecord | None:
+    checkpoint = run.child(name)
+    try:
+        manifest = read_manifest(checkpoint)
+    except (FileNotFoundError, CheckpointCorruptError):
+        return None
+    except NewerFormatError as error:
+        logger.warning("%s is left alone: %s", checkpoint.uri, error)
+        return None
+    return (
+        None if size_problems(checkpoint, manifest) else CheckpointRecord.of(name, checkpoint.uri, manifest)
+    )

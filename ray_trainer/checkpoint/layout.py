@@ -1,0 +1,242 @@
+"""The files of one checkpoint: their names, what goes into which, and how they are checked when read.
+
+===========================  ====================================================================
+``model.safetensors``        the state's ``model``, under the model's own names
+``optimizer.safetensors``    tensors of its ``optimizer``
+``trainer.safetensors``      tensors of its other parts
+``trainer.json``             everything that is not a tensor, and where each tensor is
+``rank00000.*``              what rank 0 alone has, in the same two forms; likewise for other ranks
+``manifest.json``            what these files are, written last
+===========================  ====================================================================
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+from ray_trainer.checkpoint.decoding import decode
+from ray_trainer.checkpoint.encoding import Encoded, Json, StatePath, encode
+from ray_trainer.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from ray_trainer.checkpoint.tensors import TensorFile, read_tensors
+from ray_trainer.errors import CheckpointCorruptError
+from ray_trainer.storage import Buffer, Storage
+
+_NAME = re.compile(r"checkpoint_epoch(\d{4,})_step(\d{8,})(?:_(\d+))?")
+_RANK_FILE = re.compile(r"rank\d{5,}\.(json|safetensors)")
+_SHARED = "trainer"
+_OWN_FILE = ("model", "optimizer")  # encoded first, so that what others share with them is in these files
+
+
+class CheckpointOrder(NamedTuple):
+    """Sorts checkpoints of a run from old to new; `copy` tells those of the same step apart."""
+
+    step: int
+    epoch: int
+    copy: int
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """A file that is yet to be written; its content is read from the state when it is iterated."""
+
+    name: str
+    size_bytes: int
+    chunks: Callable[[], Iterator[Buffer]]
+
+
+def checkpoint_name(epoch: int, step: int, copy: int = 1) -> str:
+    """The name of a checkpoint's directory."""
+    return f"checkpoint_epoch{epoch:04d}_step{step:08d}" + (f"_{copy}" if copy > 1 else "")
+
+
+def checkpoint_order(name: str) -> CheckpointOrder | None:
+    """Where a directory of that name stands among the run's checkpoints; None if it is none."""
+    match = _NAME.fullmatch(name)
+    return match and CheckpointOrder(int(match[2]), int(match[1]), int(match[3] or 1))
+
+
+def pack_state(state: Mapping[str, Any]) -> list[FileImage]:
+    """The files of what is equal on all ranks.
+
+    Raises:
+        CheckpointError: something in it can't be stored; names its path.
+    """
+    parts = sorted(state, key=lambda part: part not in _OWN_FILE)
+    encoded = encode({part: state[part] for part in parts}, file_of=_file_of)
+    return _images(encoded, _SHARED)
+
+
+def pack_rank_state(rank_state: Mapping[str, Any], rank: int) -> list[FileImage]:
+    """The files of what one rank alone has; none if it has nothing."""
+    if not rank_state:
+        return []
+    stem = _rank_stem(rank)
+    return _images(encode(dict(rank_state), (stem,), file_of=lambda path: (stem, path[1:])), stem)
+
+
+def write_file(checkpoint: Storage, image: FileImage) -> FileEntry:
+    """Write one file, hashing it on its way."""
+    content = _Hashed(image)
+    checkpoint.write_chunks(image.name, content)
+    return FileEntry(image.size_bytes, content.digest.hexdigest())
+
+
+def read_manifest(checkpoint: Storage) -> Manifest:
+    """The manifest of a checkpoint; ``FileNotFoundError`` where the save was never finished."""
+    try:
+        return Manifest.from_bytes(checkpoint.read(MANIFEST))
+    except IsADirectoryError as error:
+        raise CheckpointCorruptError(f"{MANIFEST} is broken: it is a directory") from error
+
+
+def size_problems(checkpoint: Storage, manifest: Manifest) -> list[str]:
+    """What the names and sizes of the files already tell."""
+    return [
+        problem
+        for name, entry in manifest.files.items()
+        if (problem := _size_problem(name, entry, _size(checkpoint, name)))
+    ]
+
+
+def content_problem(checkpoint: Storage, name: str, entry: FileEntry) -> str | None:
+    """What is wrong with a file, read in blocks; None if it is whole."""
+    try:
+        digest, size = xxhash.xxh3_128(), 0
+        for block in checkpoint.blocks(name):
+            digest.update(block)
+            size += len(block)
+    except (FileNotFoundError, IsADirectoryError):
+        return f"{name} is missing"
+    return _size_problem(name, entry, size) or _checksum_problem(name, entry, digest.hexdigest())
+
+
+def read_state(checkpoint: Storage, manifest: Manifest) -> dict[str, Any]:
+    """What is equal on all ranks, from bytes that were checked.
+
+    Raises:
+        CheckpointCorruptError: a file is missing or altered.
+    """
+    names = [name for name in manifest.files if not _RANK_FILE.fullmatch(name)]
+    return _read(checkpoint, manifest, names, _SHARED)
+
+
+def read_rank_state(checkpoint: Storage, manifest: Manifest, rank: int) -> dict[str, Any] | None:
+    """What one rank alone had; None if there was no such rank."""
+    stem = _rank_stem(rank)
+    if f"{stem}.json" not in manifest.files:
+        return {} if rank < manifest.world_size else None
+    names = [name for name in manifest.files if name.startswith(f"{stem}.")]
+    return _read(checkpoint, manifest, names, stem)
+
+
+def read_model(checkpoint: Storage, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The model's tensors alone, all names of shared ones included."""
+    tensors = {}
+    if "model.safetensors" in manifest.files:
+        data = _read_checked(checkpoint, manifest, "model.safetensors")
+        tensors["model"] = read_tensors(data, "model.safetensors")
+    tree = _read_tree(checkpoint, manifest, _SHARED).get("model", {})
+    model = decode(tree, tensors)
+    return {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
+
+
+def discard(run: Storage, name: str) -> None:
+    """Delete a checkpoint, its manifest first: half of one that is being deleted is never taken for whole."""
+    checkpoint = run.child(name)
+    if not checkpoint.exists():
+        return
+    if checkpoint.exists(MANIFEST):
+        checkpoint.delete(MANIFEST)
+        checkpoint.sync()
+    run.delete(name)
+
+
+class _Hashed:
+    """A file's content, hashed as it is read; starts again if a storage that retries reads it again."""
+
+    def __init__(self, image: FileImage) -> None:
+        self._image = image
+        self.digest = xxhash.xxh3_128()
+
+    def __iter__(self) -> Iterator[Buffer]:
+        self.digest.reset()
+        for chunk in self._image.chunks():
+            self.digest.update(chunk)
+            yield chunk
+
+
+def _file_of(path: StatePath) -> tuple[str, StatePath]:
+    return (path[0], path[1:]) if path[0] in _OWN_FILE else (_SHARED, path)
+
+
+def _rank_stem(rank: int) -> str:
+    return f"rank{rank:05d}"
+
+
+def _images(encoded: Encoded, stem: str) -> list[FileImage]:
+    images = [_tensor_image(file, TensorFile(tensors)) for file, tensors in encoded.tensors.items()]
+    text = json.dumps(encoded.tree, separators=(",", ":"), allow_nan=False).encode()
+    return [*images, FileImage(f"{stem}.json", len(text), lambda: iter((text,)))]
+
+
+def _tensor_image(stem: str, file: TensorFile) -> FileImage:
+    return FileImage(f"{stem}.safetensors", file.size_bytes, file.chunks)
+
+
+def _read(checkpoint: Storage, manifest: Manifest, names: list[str], stem: str) -> dict[str, Any]:
+    tree = _read_tree(checkpoint, manifest, stem)
+    tensors = {
+        name.removesuffix(".safetensors"): read_tensors(_read_checked(checkpoint, manifest, name), name)
+        for name in names
+        if name.endswith(".safetensors")
+    }
+    state = decode(tree, tensors)
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{stem}.json holds no state.")
+    return state
+
+
+def _read_tree(checkpoint: Storage, manifest: Manifest, stem: str) -> dict[str, Json]:
+    name = f"{stem}.json"
+    try:
+        tree = json.loads(_read_checked(checkpoint, manifest, name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{name} is not JSON: {error}.") from error
+    if not isinstance(tree, dict):
+        raise CheckpointCorruptError(f"{name} holds no state.")
+    return tree
+
+
+def _read_checked(checkpoint: Storage, manifest: Manifest, name: str) -> bytes:
+    try:
+        entry = manifest.files[name]
+        data = checkpoint.read(name)
+    except (KeyError, FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointCorruptError(f"{name} is missing") from error
+    problem = _size_problem(name, entry, len(data))
+    problem = problem or _checksum_problem(name, entry, xxhash.xxh3_128_hexdigest(data))
+    if problem:
+        raise CheckpointCorruptError(problem)
+    return data
+
+
+def _size(checkpoint: Storage, name: str) -> int | None:
+    try:
+        return checkpoint.size(name)
+    except FileNotFoundError:
+        return None
+
+
+def _size_problem(name: str, entry: FileEntry, size: int | None) -> str | None:
+    if size is None:
+        return f"{name} is missing"
+    return None if size == entry.size else f"{name} has {size} bytes instead of {entry.size}"
+
+
+def _checksum_problem(name: str, entry: FileEntry, checksum: str) -> str | None:
+    return None if checksum == entry.xxh3_128 else f"{name} was altered: its checksum is not the manifest's"

@@ -1,0 +1,221 @@
+"""The checkpoints of a run: committing, keeping, restoring."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ray_trainer import distributed
+from ray_trainer.checkpoint import direct
+from ray_trainer.checkpoint.catalog import (
+    CheckpointRecord,
+    checkpoint_names,
+    list_checkpoints,
+    open_storage,
+    resolve,
+)
+from ray_trainer.checkpoint.commit import Commit
+from ray_trainer.checkpoint.direct import CheckpointMetadata
+from ray_trainer.checkpoint.layout import checkpoint_order, discard
+from ray_trainer.checkpoint.manifest import MANIFEST, CheckpointMeta
+from ray_trainer.checkpoint.restore import LoadedCheckpoint, load_named, restore_on_all_ranks, select
+from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
+from ray_trainer.errors import CheckpointNotFoundError
+from ray_trainer.state import Stateful
+from ray_trainer.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """Commits checkpoints to a run's directory, keeps those worth keeping, and finds the one to go on from.
+
+    Construction touches no storage. The manifests are the truth: they are read once, when the list is first
+    needed, and remembered.
+
+    Args:
+        checkpoint_dir: the run's directory.
+        keep_best_k: how many of the best stay, by `monitor` and `mode`.
+        keep_last_n: how many of the newest stay; None keeps all.
+        monitor: the metric that says which is best.
+        mode: whether less or more of it is better.
+
+    Raises:
+        ConfigError: a number or the mode is out of range.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: Storage | str | os.PathLike[str],
+        keep_best_k: int = 3,
+        keep_last_n: int | None = 5,
+        monitor: str = "val_loss",
+        mode: Mode = "min",
+    ) -> None:
+        self.storage = open_storage(checkpoint_dir)
+        self.policy = RetentionPolicy(keep_last_n, keep_best_k, monitor, mode)
+        self._records: list[CheckpointRecord] | None = None
+        self._rejected: set[str] = set()
+
+    @property
+    def checkpoint_dir(self) -> Path | str:
+        """The run's directory; a URI if it is not on this machine."""
+        return self._place(self.storage)
+
+    def commit(
+        self, state: Mapping[str, Any], rank_state: Mapping[str, Any], meta: CheckpointMeta
+    ) -> CheckpointRecord:
+        """Write a checkpoint, whole or not at all, then delete those that need not be kept. Collective.
+
+        Args:
+            state: what is equal on all ranks, by part; rank 0's is written. ``model`` and ``optimizer`` have
+                files of their own.
+            rank_state: what this rank alone has; may be empty.
+            meta: where in the run this is.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed on any; earlier checkpoints are as they were.
+        """
+        commit = Commit(self.storage, meta, self.policy.monitor, self.policy.mode)
+        record = commit.carry_out(state, rank_state)
+        self._retain(record)
+        return record
+
+    def restore(self, which: str | os.PathLike[str] | None = "auto") -> LoadedCheckpoint | None:
+        """Load a checkpoint after comparing the checksum of every file. Collective.
+
+        In this run's directory, one that is not whole is renamed to ``<name>.broken`` with the reason in it,
+        and the next is tried.
+
+        Args:
+            which: ``"auto"``: the newest, or None if this run has not saved yet. ``"newest"`` or ``"best"``:
+                there must be one; best by `monitor`, the newest where nothing was monitored. The name, path
+                or URI of a checkpoint: it must be whole. Another run's directory: its newest. None: None.
+
+        Raises:
+            CheckpointNotFoundError: what was named is not there.
+            CheckpointCorruptError: what was named is broken, or everything is: never a start from scratch.
+            CheckpointError: storage failed, or a later version of ray_trainer wrote it.
+        """
+        if which is None:
+            return None
+        text = os.fspath(which)
+        loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy))
+        self._rejected.update(rejection.name for rejection in rejected)
+        self._records = None
+        return loaded
+
+    def clean_leftovers(self) -> list[str]:
+        """Delete what saves that were never finished left behind; returns their names.
+
+        Only the one writer of a run may call this. Ranks other than 0 do nothing.
+        """
+        if distributed.rank() > 0:
+            return []
+        names = [
+            name for name in checkpoint_names(self.storage) if not self.storage.child(name).exists(MANIFEST)
+        ]
+        return [name for name in names if self._delete(name)]
+
+    def records(self) -> list[CheckpointRecord]:
+        """The run's checkpoints, old to new."""
+        if self._records is None:
+            found = list_checkpoints(self.storage)
+            self._records = [record for record in found if record.name not in self._rejected]
+        return list(self._records)
+
+    def forget(self) -> None:
+        """Read the list from storage again when it is next needed: somebody else has changed it."""
+        self._records = None
+
+    def best_record(self) -> CheckpointRecord | None:
+        """The best by `monitor`; None if no checkpoint has a finite value of it."""
+        return self.policy.best(self.records())
+
+    def get_best(self) -> Path | str | None:
+        """Where the best checkpoint is, or the newest if nothing was monitored; None if there is none."""
+        record = self.best_record() or next(iter(self.records()[-1:]), None)
+        return None if record is None else self._place(self.storage.child(record.name))
+
+    def list_checkpoints(self) -> list[CheckpointMetadata]:
+        """The run's checkpoints, the latest epoch first."""
+        return [CheckpointMetadata.of(record) for record in reversed(self.records())]
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Stateful | None,
+        scheduler: Stateful | None,
+        epoch: int,
+        metrics: Mapping[str, Any],
+        global_step: int | None = None,
+        custom_state: Mapping[str, Any] | None = None,
+    ) -> Path | str:
+        """Commit a model, an optimizer and a scheduler, without a trainer. Collective.
+
+        Args:
+            model: saved under its own names, whatever it is wrapped in.
+            optimizer: saved as its state dict, if there is one.
+            scheduler: likewise.
+            epoch: from 0.
+            metrics: the monitored one must be among them.
+            global_step: default ``epoch``.
+            custom_state: anything plain, given back by `load`.
+
+        Raises:
+            ValueError: the monitored metric is missing.
+            CheckpointError: as `commit`.
+        """
+        if self.policy.monitor not in metrics:
+            raise ValueError(
+                f"The monitored metric {self.policy.monitor!r} was not found in metrics {sorted(metrics)}."
+            )
+        state = direct.state_of(model, optimizer, scheduler, custom_state)
+        meta = CheckpointMeta(epoch, epoch if global_step is None else global_step, metrics)
+        record = self.commit(state, {}, meta)
+        return self._place(self.storage.child(record.name))
+
+    def load(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """A checkpoint as a dict of state dicts; the best by default. Touches nothing, random state included.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            CheckpointCorruptError: it is not whole.
+        """
+        chosen = path or self.get_best()
+        if chosen is None:
+            raise CheckpointNotFoundError(f"No checkpoints found in {self.storage.uri}")
+        return direct.as_dict(load_named(resolve(self.storage, os.fspath(chosen))))
+
+    def _retain(self, committed: CheckpointRecord) -> None:
+        """Add what was committed and let go of what the policy removes, which rank 0 deletes."""
+        self._rejected.discard(committed.name)
+        if self._records is None and distributed.rank() > 0:
+            return  # read from storage if it is ever asked for
+        try:
+            others = [record for record in self.records() if record.name != committed.name]
+        except OSError as error:
+            logger.warning(
+                "Old checkpoints in %s could not be listed, so none was deleted: %s", self.storage.uri, error
+            )
+            return
+        records = sorted([*others, committed], key=lambda record: checkpoint_order(record.name) or ())
+        removable = {record.name for record in self.policy.removable(records, protected=[committed.name])}
+        if distributed.rank() == 0:
+            removable = {name for name in removable if self._delete(name)}
+        self._records = [record for record in records if record.name not in removable]
+
+    def _delete(self, name: str) -> bool:
+        try:
+            discard(self.storage, name)
+        except OSError as error:
+            logger.warning("Checkpoint %s could not be deleted: %s", name, error)
+            return False
+        logger.debug("Deleted checkpoint %s", name)
+        return True
+
+    def _place(self, storage: Storage) -> Path | str:
+        return storage.local_path() if storage.is_local else storage.uri

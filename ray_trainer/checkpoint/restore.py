@@ -1,0 +1,255 @@
+"""Finding the checkpoint to go on from: the newest whole one, by reading it."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from ray_trainer import distributed
+from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
+from ray_trainer.checkpoint.catalog import CheckpointRecord, checkpoint_names, is_checkpoint, resolve
+from ray_trainer.checkpoint.layout import content_problem, read_manifest, read_rank_state, read_state
+from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
+from ray_trainer.checkpoint.retention import RetentionPolicy
+from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from ray_trainer.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = f"{MANIFEST} is missing: the save was never finished"
+_BROKEN = ".broken"
+
+
+class Rejection(NamedTuple):
+    """A checkpoint that could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        state: what was equal on all ranks.
+        rank_state: what this rank alone had; None if the run that saved had fewer ranks.
+        rejected: newer (or better) ones that were not whole, in the order they were tried.
+    """
+
+    state: dict[str, Any]
+    rank_state: dict[str, Any] | None
+    manifest: Manifest
+    record: CheckpointRecord
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+class Selection(NamedTuple):
+    """What rank 0 found.
+
+    Attributes:
+        place: where `loaded` is.
+        loaded: None if no save was ever finished.
+    """
+
+    place: Storage | None
+    loaded: LoadedCheckpoint | None
+    rejected: list[Rejection]
+
+
+def restore_on_all_ranks(select: Callable[[], Selection]) -> tuple[LoadedCheckpoint | None, list[Rejection]]:
+    """Let rank 0 find a checkpoint, and all ranks load that one. Collective.
+
+    Returns:
+        The checkpoint with this rank's own state, and what was rejected on the way to it.
+
+    Raises:
+        CheckpointError: on all ranks, if any of them can't load it.
+    """
+    loaded: LoadedCheckpoint | None = None
+
+    def find() -> tuple[Storage | None, list[Rejection]]:
+        nonlocal loaded
+        place, loaded, rejected = select()
+        return place, rejected
+
+    def follow() -> None:
+        nonlocal loaded
+        if place is not None and loaded is None:
+            loaded = _load_what_rank_zero_found(place)
+
+    place, rejected = on_rank_zero(find)
+    on_all_ranks(follow)
+    return loaded and replace(loaded, rejected=rejected), rejected
+
+
+def select(run: Storage, which: str, policy: RetentionPolicy) -> Selection:
+    """Find and load what `CheckpointManager.restore` was asked for. Broken ones of the run are set aside.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    if which in ("auto", "newest", "best"):
+        selection = _select_own(run, _best_first(run, policy) if which == "best" else newest_first(run))
+        if selection.loaded is None and which != "auto":
+            raise CheckpointNotFoundError(f"No checkpoints found in {run.uri}")
+        return selection
+    place = resolve(run, which)
+    if place.uri == run.uri:
+        return select(run, "newest", policy)
+    if is_checkpoint(place):
+        return Selection(place, load_named(place), [])
+    selection = load_first_whole(place, newest_first(place), on_broken=lambda rejection: None)
+    if selection.loaded is None:
+        raise CheckpointNotFoundError(f"No checkpoints found in {place.uri}")
+    return selection
+
+
+def load(checkpoint: Storage, rank: int) -> LoadedCheckpoint:
+    """Read one checkpoint, checking the bytes that are used.
+
+    Raises:
+        CheckpointCorruptError: a file is missing or altered.
+        NewerFormatError: a later version wrote it.
+        FileNotFoundError: it has no manifest.
+    """
+    manifest = read_manifest(checkpoint)
+    name = checkpoint.path.rpartition("/")[2]
+    return LoadedCheckpoint(
+        state=read_state(checkpoint, manifest),
+        rank_state=read_rank_state(checkpoint, manifest, rank),
+        manifest=manifest,
+        record=CheckpointRecord.of(name, checkpoint.uri, manifest),
+    )
+
+
+def load_whole(checkpoint: Storage) -> LoadedCheckpoint:
+    """As `load` on rank 0, checking the files of other ranks as well."""
+    loaded = load(checkpoint, rank=0)
+    for name, entry in loaded.manifest.files.items():
+        is_of_another = name.startswith("rank") and not name.startswith("rank00000.")
+        if is_of_another and (problem := content_problem(checkpoint, name, entry)):
+            raise CheckpointCorruptError(problem)
+    return loaded
+
+
+def load_first_whole(run: Storage, names: Iterable[str], on_broken: Callable[[Rejection], None]) -> Selection:
+    """Try checkpoints in turn and load the first that is whole.
+
+    One that storage can't deliver at the moment is passed over, but not called broken.
+
+    Args:
+        run: the run's directory.
+        names: the best candidate first.
+        on_broken: told of each whose files are missing or altered.
+
+    Raises:
+        NewerFormatError: a later version wrote the next candidate; an older one is no substitute for it.
+        CheckpointCorruptError: checkpoints were written, and none of them can be used.
+        CheckpointError: none of them can be read at the moment.
+    """
+    rejected: list[Rejection] = []
+    failure: type[CheckpointError] | None = None
+    for name in names:
+        place = run.child(name)
+        try:
+            return Selection(place, load_whole(place), rejected)
+        except CheckpointCorruptError as error:
+            rejected.append(Rejection(name, str(error)))
+            on_broken(rejected[-1])
+            failure = CheckpointCorruptError
+        except FileNotFoundError:
+            rejected.append(Rejection(name, UNFINISHED))
+        except OSError as error:
+            rejected.append(Rejection(name, f"it could not be read: {error}"))
+            failure = failure or CheckpointError
+        logger.warning("Checkpoint %s is not used: %s", *rejected[-1])
+    if failure:
+        raise failure(_nothing_left(run, rejected))
+    return Selection(None, None, rejected)
+
+
+def load_named(checkpoint: Storage) -> LoadedCheckpoint:
+    """Load the checkpoint that the user named, and no other.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory.
+        CheckpointCorruptError: it is not whole.
+    """
+    if not checkpoint.exists():
+        raise CheckpointNotFoundError(f"Checkpoint not found: {checkpoint.uri}")
+    try:
+        return load_whole(checkpoint)
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(f"{checkpoint.uri} can't be used: {UNFINISHED}.") from error
+    except CheckpointCorruptError as error:
+        raise CheckpointCorruptError(
+            f"{checkpoint.uri} can't be used: {error}. Name another one, or the run for its newest."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.uri} could not be read: {error}") from error
+
+
+def set_aside(run: Storage, rejection: Rejection) -> None:
+    """Rename a broken checkpoint, so that it is neither used nor counted, and leave the reason in it.
+
+    Where that is not possible (read-only storage), it stays where it is.
+    """
+    taken = set(run.list())
+    target, copy = rejection.name + _BROKEN, 1
+    while target in taken:
+        copy += 1
+        target = f"{rejection.name}{_BROKEN}{copy}"
+    try:
+        run.move(rejection.name, target)
+        run.child(target).write("reason.txt", f"{rejection.reason}\n".encode())
+    except OSError as error:
+        logger.warning("The broken checkpoint %s could not be set aside: %s", rejection.name, error)
+
+
+def newest_first(run: Storage) -> list[str]:
+    """All checkpoint directories, finished or not, new to old."""
+    return checkpoint_names(run)[::-1]
+
+
+def _select_own(run: Storage, names: list[str]) -> Selection:
+    selection = load_first_whole(run, names, on_broken=lambda rejection: set_aside(run, rejection))
+    broken = [name for name in run.list() if name.startswith("checkpoint_") and _BROKEN in name]
+    if selection.loaded is None and broken:  # this run had begun: from scratch would hide the loss
+        raise CheckpointCorruptError(
+            f"{run.uri} holds no whole checkpoint, but broken ones: {', '.join(broken)}; the reason is in "
+            f"each. Delete them to start from the beginning, or give the run another name."
+        )
+    return selection
+
+
+def _best_first(run: Storage, policy: RetentionPolicy) -> list[str]:
+    """Those with the monitored metric, best first, then the others, new to old."""
+    names = newest_first(run)
+    best = policy.best_first(record for name in names if (record := _record(run.child(name), name)))
+    ranked = [record.name for record in best]
+    return ranked + [name for name in names if name not in ranked]
+
+
+def _record(checkpoint: Storage, name: str) -> CheckpointRecord | None:
+    try:
+        return CheckpointRecord.of(name, checkpoint.uri, read_manifest(checkpoint))
+    except (OSError, CheckpointError):  # it is judged when its turn comes
+        return None
+
+
+def _load_what_rank_zero_found(place: Storage) -> LoadedCheckpoint:
+    try:
+        return load(place, distributed.rank())
+    except (OSError, CheckpointCorruptError) as error:
+        raise CheckpointError(
+            f"{place.uri} is whole for rank 0, but not here: {error}. Is it the same storage on every node?"
+        ) from error
+
+
+def _nothing_left(run: Storage, rejected: Sequence[Rejection]) -> str:
+    reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
+    return (
+        f"None of the checkpoints in {run.uri} can be used:\n{reasons}\n"
+        f"Repair one, delete them to start from the beginning, or give the run another name."
+    )

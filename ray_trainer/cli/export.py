@@ -1,0 +1,25 @@
+"""``ray-trainer export``: the weights alone, as one safetensors file."""
+
+import argparse
+
+from ray_trainer.checkpoint import export_weights
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``export``."""
+    parser = subparsers.add_parser("export", help="write the weights of a checkpoint to one safetensors file")
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN_DIR", help="a checkpoint, or a run directory")
+    parser.add_argument("--output", metavar="FILE", required=True, help="the file, such as model.safetensors")
+    parser.add_argument("--newest", action="store_true", help="the newest checkpoint of a run, not its best")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``export``.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+    """
+    export_weights(args.source, args.output, which="newest" if args.newest else "best")
+    print(args.output)
+    return 0

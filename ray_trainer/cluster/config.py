@@ -1,0 +1,97 @@
+"""Where a run trains: `ClusterConfig`. Does not import Ray."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ray_trainer.fields import Count, NotNegative, Positive, Text, described
+from ray_trainer.schema import Rule, Section
+
+RunName = Annotated[
+    str,
+    Field(max_length=200),
+    described(
+        r"^[^./\\?#%\s\x00-\x1f\x7f]([^/\\?#%\x00-\x1f\x7f]*[^/\\?#%\s\x00-\x1f\x7f])?$",
+        "a plain directory name of at most 200 characters, without / \\ ? # % and not starting with a dot",
+    ),
+]
+Address = Annotated[
+    str,
+    described(
+        r"^(auto|(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5})$", "'auto' or the 'host:port' of a Ray cluster"
+    ),
+]
+
+_SYNONYMS = {
+    "num_workers": "workers n_workers world_size num_processes num_nodes devices scale",
+    "use_gpu": "gpu gpus num_gpus accelerator use_gpus",
+    "resources_per_worker": "resources worker_resources resources_per_trial cpus_per_worker num_cpus",
+    "name": "run_name experiment_name run",
+    "storage_path": "storage output_dir storage_dir local_dir results_dir save_dir",
+    "max_failures": "max_retries retries max_restarts num_retries",
+    "address": "ray_address cluster_address head url",
+    "placement_strategy": "strategy placement placement_group_strategy",
+    "torch_threads_per_worker": "num_threads omp_num_threads threads_per_worker torch_threads",
+    "collective_timeout_s": "timeout timeout_s torch_timeout nccl_timeout ddp_timeout collective_timeout",
+}
+
+
+def _reversed_range(config: "ClusterConfig") -> str | None:
+    if isinstance(config.num_workers, tuple) and config.num_workers[0] > config.num_workers[1]:
+        return "the least number of workers comes first, then the largest; swap them"
+    return None
+
+
+def _misspelt_resource(config: "ClusterConfig") -> str | None:
+    for name in config.resources_per_worker or {}:
+        if name.upper() in ("CPU", "GPU") and name != name.upper():
+            return f"Ray would wait forever for a resource named {name!r}; write {name.upper()!r}"
+        if not name:
+            return "a resource without a name; name it, such as CPU"
+    return None
+
+
+def _gpus_disagree(config: "ClusterConfig") -> str | None:
+    gpus = (config.resources_per_worker or {}).get("GPU")
+    if gpus and not config.use_gpu:
+        return "asks for GPUs while use_gpu is off; switch use_gpu on, or leave GPU out"
+    if gpus == 0 and config.use_gpu:
+        return "leaves no GPU to the workers while use_gpu is on; leave GPU out, or switch use_gpu off"
+    return None
+
+
+@dataclass
+class ClusterConfig(Section):
+    """Where a run trains and what becomes of it there. Every setting has a default that works on a laptop."""
+
+    num_workers: Count | tuple[Count, Count] = 1
+    """Processes that train together, or [least, most] of them: the run then follows the cluster's size."""
+    use_gpu: bool = False
+    """Whether each worker gets a GPU."""
+    resources_per_worker: dict[str, NotNegative] | None = None
+    """What each worker reserves in Ray, such as {CPU: 2}. None: 1 CPU, and 1 GPU with `use_gpu`."""
+    name: RunName | None = None
+    """Name of the run and of its directory; the same name continues the run. None: one is derived."""
+    storage_path: Text = "runs"
+    """Directory, or URI, in which the directory of the run lies; every node must reach it."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Failures of workers after which the run ends as failed. -1: no limit."""
+    address: Address | None = None
+    """Ray cluster to join, "auto" or "host:port". None: a local Ray is started for this run."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on as few nodes as possible (PACK) or as many (SPREAD); STRICT_ makes it a must."""
+    torch_threads_per_worker: Count | None = None
+    """CPU threads of torch in each worker. None: the CPUs that the worker reserves."""
+    collective_timeout_s: Positive = 1800.0
+    """Seconds that workers wait for each other before they take one for dead."""
+
+    other_names: ClassVar[Mapping[str, str]] = {
+        theirs: ours for ours, names in _SYNONYMS.items() for theirs in names.split()
+    }
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(("num_workers",), _reversed_range),
+        Rule(("resources_per_worker",), _misspelt_resource),
+        Rule(("resources_per_worker", "use_gpu"), _gpus_disagree),
+    )

@@ -1,0 +1,255 @@
+"""`fit`: from an experiment and its configuration to a `TorchTrainer`, and from its end to a result."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType, SimpleNamespace
+from typing import Any, Protocol
+
+import ray
+import ray.data
+import ray.train
+from ray.actor import ActorHandle
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.events import FailureRecorder, explain_failure
+from ray_trainer.cluster.link import Link, open_link
+from ray_trainer.cluster.session import ray_session, require_resources
+from ray_trainer.cluster.shards import index_ray_dataset
+from ray_trainer.cluster.worker import Job, Outcome, train_worker, users_code
+from ray_trainer.config import TrainingConfig
+from ray_trainer.errors import ConfigError, DataError, RunError
+from ray_trainer.runtime import Stop, raise_interruption
+from ray_trainer.storage import Storage
+from ray_trainer.task import Experiment
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 0.25
+
+
+class Display(Protocol):
+    """Something that shows a run while it lasts."""
+
+    def update(self, progress: Mapping[str, Any]) -> None:
+        """The newest progress."""
+
+    def message(self, event: Mapping[str, Any]) -> None:
+        """Something happened."""
+
+
+class NoDisplay:
+    """Shows nothing."""
+
+    def update(self, progress: Mapping[str, Any]) -> None:
+        """See `Display`."""
+
+    def message(self, event: Mapping[str, Any]) -> None:
+        """See `Display`."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run gives back.
+
+    Attributes:
+        results: the dict of `Trainer.train`.
+        run_dir: where everything about the run lies, a path or URI.
+        checkpoint: the best one, else the newest; None if the run keeps none.
+    """
+
+    results: dict[str, Any]
+    run_dir: str
+    checkpoint: ray.train.Checkpoint | None
+
+
+def fit(
+    experiment: Experiment,
+    training_config: TrainingConfig,
+    cluster_config: ClusterConfig | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    *,
+    display: Display | None = None,
+) -> FitResult:
+    """Train on a Ray cluster; a run of the same name and storage path is continued.
+
+    Without an address, Ray is started on this machine for this run. Ctrl-C and SIGTERM save a checkpoint of the
+    last completed step first, if this is the main thread.
+
+    Args:
+        experiment: what is trained, on what.
+        training_config: how.
+        cluster_config: where; one worker on this machine by default.
+        model_config: reaches ``build_model`` and ``build_datasets`` as a `SimpleNamespace`.
+        display: shows the run while it lasts.
+
+    Raises:
+        ConfigError: a configuration or one of the experiment's functions is wrong.
+        DataError: the data cannot be trained on.
+        RunError: the workers failed more often than ``max_failures`` allows.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+        SystemExit: with 143 after SIGTERM, once the checkpoint is written.
+    """
+    cluster = _named(cluster_config or ClusterConfig(), training_config)
+    _validate(training_config, cluster)
+    model_values = dict(model_config or {})
+    storage = Storage.open(cluster.storage_path).child(str(cluster.name))
+    is_new = not storage.exists()
+    with ray_session(cluster):
+        require_resources(cluster)
+        link = open_link()
+        job = Job(
+            experiment=experiment,
+            training=_with_fixed_global_batch(training_config, cluster),
+            model_config=model_values,
+            datasets=_build_datasets(experiment, model_values, training_config),
+            description={"model": model_values, "cluster": cluster.to_dict()},
+            torch_threads=torch_threads(cluster),
+            link=link,
+        )
+        outcome = _run(_torch_trainer(job, cluster, storage), link, display or NoDisplay(), storage)
+    if outcome.error is not None:
+        if is_new and not storage.exists("events.jsonl"):
+            storage.delete()  # only Ray's marker is in there
+        raise outcome.error
+    raise_interruption(outcome.stop)
+    assert outcome.results is not None
+    return FitResult(outcome.results, storage.uri, _checkpoint(outcome.results, storage))
+
+
+def _named(cluster: ClusterConfig, training: TrainingConfig) -> ClusterConfig:
+    if cluster.name is not None:
+        return cluster
+    return replace(cluster, name=f"{training.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _validate(training: TrainingConfig, cluster: ClusterConfig) -> None:
+    problems = []
+    for section, config in (("training", training), ("cluster", cluster)):
+        try:
+            config.validate()
+        except ConfigError as error:
+            problems.append(f"[{section}] {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig) -> TrainingConfig:
+    """A run whose number of workers may change takes the global batch of the greatest number."""
+    least, most = worker_bounds(cluster)
+    if least == most or training.global_batch_size is not None:
+        return training
+    total = training.batch_size * training.gradient_accumulation_steps * most
+    return replace(training, global_batch_size=total, gradient_accumulation_steps=1)
+
+
+def _build_datasets(
+    experiment: Experiment, model_values: dict[str, Any], training: TrainingConfig
+) -> dict[str, Any]:
+    with users_code("build_datasets"):
+        datasets = dict(experiment.build_datasets(SimpleNamespace(**model_values), training))
+    unknown = sorted(datasets.keys() - {"train", "val"})
+    if "train" not in datasets or unknown:
+        raise ConfigError(
+            f"build_datasets returned the datasets {sorted(datasets)}. It must return a dict with 'train' and, "
+            "if there is validation data, 'val'."
+        )
+    return {name: _portable(data) for name, data in datasets.items() if data is not None}
+
+
+def _portable(data: Any) -> Any:
+    """The dataset in a form that every worker can open: an index of blocks, or a reference."""
+    if isinstance(data, ray.data.Dataset):
+        return index_ray_dataset(data)
+    return ray.put(data)
+
+
+def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchTrainer:
+    # Ray's own list of checkpoints: the manifests are the truth, and a list that disagrees with them is fatal to Ray
+    storage.delete("checkpoint_manager_snapshot.json")
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo", timeout_s=int(cluster.collective_timeout_s)
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=resources_per_worker(cluster),
+            placement_strategy=cluster.placement_strategy,
+        ),
+        run_config=ray.train.RunConfig(
+            name=cluster.name,
+            storage_path=Storage.open(cluster.storage_path).uri,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[FailureRecorder(storage.uri, job.link)],
+        ),
+    )
+
+
+def _run(trainer: TorchTrainer, link: "ActorHandle[Link]", display: Display, storage: Storage) -> Outcome:
+    """Let Ray's controller work in a thread; this one shows progress and listens to signals."""
+    box: list[Outcome | BaseException] = []
+
+    def work() -> None:
+        try:
+            box.append(trainer.fit().return_value)
+        except BaseException as error:  # carried to the caller's thread, and raised there
+            box.append(error)
+
+    thread = threading.Thread(target=work, name="ray-trainer-fit", daemon=True)
+    with _signals() as wish:
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=POLL_INTERVAL_S)
+            progress, events = ray.get(link.take.remote(int(wish())))
+            for event in events:
+                display.message(event)
+            if progress:
+                display.update(progress)
+    ended = box[0]
+    if isinstance(ended, ray.train.TrainingFailedError):
+        raise RunError(explain_failure(ended, storage)) from ended
+    if isinstance(ended, BaseException):
+        raise ended
+    return ended
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], Stop]]:
+    """Take the first Ctrl-C or SIGTERM as a wish to stop; the second one ends the program at once.
+
+    Entered after Ray has started, which sets handlers of its own.
+    """
+    received = Stop.NONE
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if received is not Stop.NONE:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        received = Stop.SIGINT if number == signal.SIGINT else Stop.SIGTERM
+        logger.warning("Stopping after the step in progress. Once more to end at once.")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _checkpoint(results: dict[str, Any], storage: Storage) -> ray.train.Checkpoint | None:
+    path = results["checkpoint_path"]
+    if path is None:
+        return None
+    name = path.rstrip("/").rsplit("/", 1)[-1]
+    return ray.train.Checkpoint(path=storage.child(name).path, filesystem=storage.filesystem)

@@ -1,0 +1,92 @@
+"""The thin line between a driver and the workers of its run: progress one way, a wish to stop the other."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from ray_trainer.runtime import Stop
+
+EXCHANGE_INTERVAL_S = 0.5
+
+
+class Link:
+    """Holds the newest progress, events not yet shown, and the driver's wish. An actor of the driver's.
+
+    It dies with the driver, and nothing that training needs goes through it.
+    """
+
+    def __init__(self) -> None:
+        self._progress: dict[str, Any] = {}
+        self._events: list[dict[str, Any]] = []
+        self._stop = int(Stop.NONE)
+
+    def exchange(self, progress: dict[str, Any], events: list[dict[str, Any]]) -> int:
+        """Rank 0 tells what is new, and learns of a wish to stop."""
+        self._progress = progress
+        self._events += events
+        return self._stop
+
+    def announce(self, event: dict[str, Any]) -> None:
+        """Ray's controller tells what it saw."""
+        self._events.append(event)
+
+    def take(self, stop: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The driver says what it wants, and learns the newest progress and the events since last time."""
+        self._stop = max(self._stop, stop)
+        events, self._events = self._events, []
+        return self._progress, events
+
+
+def open_link() -> "ActorHandle[Link]":
+    """Start a link that lives as long as this driver."""
+    return ray.remote(num_cpus=0)(Link).remote()
+
+
+class WorkerLink:
+    """Rank 0's end: a thread exchanges in the background, so that a step never waits for the network."""
+
+    def __init__(self, link: "ActorHandle[Link] | None") -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._progress: Mapping[str, Any] = {}
+        self._events: list[dict[str, Any]] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ray-trainer-link", daemon=True)
+        self.stop = Stop.NONE
+
+    def open(self) -> None:
+        """Begin to exchange, where there is another end."""
+        if self._link is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Send what is left and end."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def show(self, progress: Mapping[str, Any]) -> None:
+        """Replace the progress that goes out next."""
+        self._progress = progress
+
+    def announce(self, event: dict[str, Any]) -> None:
+        """Add an event that goes out next."""
+        with self._lock:
+            self._events.append(event)
+
+    def _run(self) -> None:
+        while True:
+            is_last = self._closed.wait(EXCHANGE_INTERVAL_S)
+            with self._lock:
+                events, self._events = self._events, []
+            try:
+                assert self._link is not None
+                wish = ray.get(self._link.exchange.remote(dict(self._progress), events), timeout=30)
+            except ray.exceptions.RayError:
+                return  # the driver is gone: nobody is watching
+            self.stop = max(self.stop, Stop(wish))
+            if is_last:
+                return

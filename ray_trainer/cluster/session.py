@@ -1,0 +1,125 @@
+"""Ray for the time of a run: joined where an address says so, else started for this run alone."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+
+from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+#: What Ray Train reads from the environment of the driver; a user's own setting wins.
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a failure is seen, and a report taken, after this time
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the directory that relative paths of the user mean
+}
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Have Ray running inside; what was started here is stopped at the end, what was there stays.
+
+    Raises:
+        ConfigError: there is no cluster at the address, or it does not let this process in.
+    """
+    before = {name: os.environ.get(name) for name in TRAIN_SETTINGS}
+    for name, value in TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    started = not ray.is_initialized()
+    try:
+        if started:
+            _start(cluster)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+def _start(cluster: ClusterConfig) -> None:
+    quiet = {"logging_level": logging.WARNING, "configure_logging": True}
+    if cluster.address is None:
+        # never the Ray that happens to be found on this machine: it may be anybody's
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=cluster.address, **quiet)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(
+            f"cluster.address = {cluster.address!r}: the cluster asks for a token. Set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster (the head node keeps it in "
+            f"~/.ray/auth_token). Ray says: {error}"
+        ) from error
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(
+            f"cluster.address = {cluster.address!r}: no cluster answers there ({error}). Start one with "
+            "'ray start --head', give its host:port, or leave cluster.address out to train on this machine."
+        ) from error
+
+
+def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker occupies, in Ray's terms."""
+    resources = {"CPU": 1.0, **(cluster.resources_per_worker or {})}
+    if cluster.use_gpu:
+        resources.setdefault("GPU", 1.0)
+    return resources
+
+
+def torch_threads(cluster: ClusterConfig) -> int:
+    """How many threads each worker computes with."""
+    return cluster.torch_threads_per_worker or max(1, int(resources_per_worker(cluster)["CPU"]))
+
+
+def worker_bounds(cluster: ClusterConfig) -> tuple[int, int]:
+    """The least and the greatest number of workers."""
+    workers = cluster.num_workers
+    return workers if isinstance(workers, tuple) else (workers, workers)
+
+
+def resource_plan(cluster: ClusterConfig) -> str:
+    """What the run needs, in a line for people."""
+    least, most = worker_bounds(cluster)
+    count = f"{least} to {most} workers" if least != most else f"{least} worker{'s' if least > 1 else ''}"
+    each = ", ".join(f"{amount:g} {name}" for name, amount in sorted(resources_per_worker(cluster).items()))
+    return f"{count}, each with {each}"
+
+
+def missing_resources(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> str | None:
+    """Why the smallest allowed number of workers does not fit on these nodes, or None if it does."""
+    needed = resources_per_worker(cluster)
+    room = sum(min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount) for node in nodes)
+    least, _ = worker_bounds(cluster)
+    if room >= least:
+        return None
+    there = ", ".join(
+        f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in sorted(needed)
+    )
+    return (
+        f"the run needs {resource_plan(cluster)}, but {len(nodes)} node(s) with {there} in all hold only {room}. "
+        f"Set cluster.num_workers={max(room, 1)}, ask for less in cluster.resources_per_worker, or use a larger cluster"
+    )
+
+
+def require_resources(cluster: ClusterConfig) -> None:
+    """Refuse a plan that this Ray can never meet, instead of waiting for it in silence.
+
+    A cluster that was joined may grow, so there the user is told and Ray waits.
+
+    Raises:
+        ConfigError: the machine is too small.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    missing = missing_resources(cluster, nodes)
+    if missing is None:
+        return
+    if cluster.address is None:
+        raise ConfigError(f"cluster.num_workers: {missing}.")
+    logger.warning("%s. Waiting for the cluster to grow.", missing)

@@ -1,0 +1,118 @@
+"""What Ray runs on every worker, at every start: the first one, a restart and a resume are the same."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from ray.actor import ActorHandle
+
+from ray_trainer import distributed
+from ray_trainer.cluster.link import Link
+from ray_trainer.cluster.runtime import RayRuntime
+from ray_trainer.config import TrainingConfig
+from ray_trainer.errors import ConfigError, DataError, DivergenceError, RayTrainerError, StateMismatchError
+from ray_trainer.runtime import Stop
+from ray_trainer.seeding import set_random_seed
+from ray_trainer.task import Experiment
+from ray_trainer.trainer import Trainer
+
+#: What no restart can mend: the same on every rank and every time.
+FINAL_ERRORS = (ConfigError, DataError, DivergenceError, StateMismatchError)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know; travels from the driver by pickle.
+
+    Attributes:
+        experiment: the user's functions.
+        training: how to train.
+        model_config: reaches ``build_model`` as a `SimpleNamespace`.
+        datasets: ``train`` and maybe ``val``, indexed or map-style.
+        description: the sections of ``run.yaml`` beside ``training``.
+        torch_threads: of each worker; bits depend on it.
+        link: to the driver.
+    """
+
+    experiment: Experiment
+    training: TrainingConfig
+    model_config: dict[str, Any]
+    datasets: dict[str, Any]
+    description: dict[str, Any]
+    torch_threads: int
+    link: "ActorHandle[Link] | None"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker returns: results, or an error that a restart would only repeat."""
+
+    results: dict[str, Any] | None
+    error: RayTrainerError | None
+    stop: Stop
+
+
+def train_worker(config: dict[str, Any]) -> Outcome:
+    """Train as one of the ranks. Collective over all workers of the run.
+
+    An error that is the same on all ranks and at every attempt is returned, so that Ray does not try again;
+    any other is raised, and Ray restarts the workers.
+    """
+    job: Job = config["job"]
+    torch.set_num_threads(job.torch_threads)
+    runtime = RayRuntime(job.link, job.description)
+    try:
+        trainer = _build_trainer(job, runtime)
+        results = trainer.train(job.datasets["train"], job.datasets.get("val"), resume_from="auto")
+    except FINAL_ERRORS as error:
+        if _is_known_to_all(error):
+            return Outcome(results=None, error=error, stop=Stop.NONE)
+        raise
+    return Outcome(results=results, error=None, stop=runtime.stopped)
+
+
+def _build_trainer(job: Job, runtime: RayRuntime) -> Trainer:
+    experiment = job.experiment
+    config = SimpleNamespace(**job.model_config)
+    with distributed.same_error_everywhere(), users_code("build_model, build_optimizer and build_hooks"):
+        set_random_seed(job.training.random_seed)
+        model = experiment.build_model(config)
+        optimizer = experiment.build_optimizer(model, job.training) if experiment.build_optimizer else None
+        hooks = experiment.build_hooks() if experiment.build_hooks else None
+    return Trainer(
+        model,
+        config,
+        job.training,
+        experiment.task_spec,
+        hooks,
+        optimizer=optimizer,
+        data_collator=experiment.collate_fn,
+        runtime=runtime,
+    )
+
+
+@contextmanager
+def users_code(names: str) -> Iterator[None]:
+    """Turn an error in the experiment's own functions into one that says where it happened.
+
+    Raises:
+        ConfigError: instead of whatever the functions raised.
+    """
+    try:
+        yield
+    except RayTrainerError:
+        raise
+    except Exception as error:  # the user's code may raise anything, and none of it is worth a restart
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"The experiment's functions failed with {type(error).__name__}: {error} "
+            f"({last.filename}, line {last.lineno}: {last.line}). Check {names}, and the values of `model`."
+        ) from error
+
+
+def _is_known_to_all(error: RayTrainerError) -> bool:
+    return error.on_all_ranks or distributed.world_size() == 1

@@ -1,0 +1,35 @@
+"""The one thing the exact order asks of a dataset: whole batches by index."""
+
+from typing import Protocol, runtime_checkable
+
+from ray_trainer.data.batch import Batch
+from ray_trainer.data.order import Indices
+
+
+@runtime_checkable
+class IndexedDataset(Protocol):
+    """A dataset that reads whole batches by index.
+
+    Attributes:
+        reads_in_processes: whether loader processes may read it, and gain by it. False for what is in memory.
+    """
+
+    reads_in_processes: bool
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Indices, epoch: int = 0) -> Batch:
+        """The samples at the indices, in that order; a function of its arguments alone.
+
+        Args:
+            indices: at least one; may repeat.
+            epoch: random augmentation differs between epochs.
+
+        Raises:
+            DataError: a sample cannot be read; names its index.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for equal data in every process, different (very likely) for other data."""
+        ...

@@ -1,0 +1,124 @@
+"""Reading a map-style dataset sample by sample, with randomness that belongs to the sample."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from ray_trainer.data.batch import Batch
+from ray_trainer.data.fingerprint import fingerprint, sampled_rows
+from ray_trainer.data.order import Indices
+from ray_trainer.errors import DataError
+from ray_trainer.seeding import isolated_rng, seed_sample
+
+logger = logging.getLogger(__name__)
+
+Collate = Callable[[list[Any]], Any]
+
+
+class SampleReader:
+    """Any map-style dataset, read sample by sample and collated.
+
+    Python's, NumPy's and PyTorch's generators are seeded from (seed, epoch, index) before each sample, so
+    random augmentation depends on nothing else. A dataset that reads several samples at once
+    (``__getitems__``) is seeded once a batch, from its first index.
+
+    Args:
+        dataset: has ``__len__`` and ``__getitem__``. What it has of an `IndexedDataset` beside ``fetch`` is
+            used: fingerprint, blocks, announcements.
+        collate: makes a batch of a list of samples.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._seed = seed
+        self._name = type(dataset).__qualname__
+        self._reads_many = callable(getattr(dataset, "__getitems__", None))
+        self.reads_in_processes: bool = getattr(dataset, "reads_in_processes", True)
+        self.block_sizes: list[int] | None = getattr(dataset, "block_sizes", None)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def announce(self, indices: Indices) -> None:
+        """Pass on what will be fetched soon."""
+        announce = getattr(self._dataset, "announce", None)
+        if announce is not None:
+            announce(indices)
+
+    def fetch(self, indices: Indices, epoch: int = 0) -> Batch:
+        """See `IndexedDataset`."""
+        wanted = indices.tolist()
+        with isolated_rng():
+            read = self._read_many if self._reads_many else self._read_each
+            samples = read(wanted, self._seed, epoch)
+            seed_sample(self._seed, epoch, -1 - wanted[0])  # for collators that draw, such as masking
+            try:
+                return cast(Batch, self._collate(samples))
+            except Exception as error:  # the user's collator may raise anything; it is raised again
+                raise DataError(
+                    f"The samples {shortened(wanted)} could not be put into one batch: "
+                    f"{type(error).__name__}: {error} Pass a collate_fn that can, for example one that pads."
+                ) from error
+
+    def fingerprint(self) -> str:
+        """See `IndexedDataset`; of a few samples, or of their form if reading one twice gives two results."""
+        if callable(getattr(self._dataset, "fingerprint", None)):
+            return str(self._dataset.fingerprint())
+        rows = sampled_rows(len(self), limit=8)
+        with isolated_rng():
+            content, again = (fingerprint(self._read_each(rows, seed=0, epoch=0)) for _ in range(2))
+            if content != again:
+                content = fingerprint(_form(self._read_each(rows[:1], seed=0, epoch=0)))
+                logger.warning(
+                    "Reading the samples %s of %s twice gives two results: they draw from a generator of "
+                    "their own, so a resumed run may see other augmentation. Draw from random, numpy.random "
+                    "or torch.",
+                    shortened(rows),
+                    self._name,
+                )
+        return fingerprint(self._name, len(self), content)
+
+    def _read_each(self, wanted: list[int], seed: int, epoch: int) -> list[Any]:
+        samples = []
+        for index in wanted:
+            seed_sample(seed, epoch, index)
+            try:
+                samples.append(self._dataset[index])
+            except Exception as error:  # the user's dataset may raise anything; it is raised again
+                raise DataError(
+                    f"Sample {index} of {self._name} could not be read: {type(error).__name__}: {error}"
+                ) from error
+        return samples
+
+    def _read_many(self, wanted: list[int], seed: int, epoch: int) -> list[Any]:
+        seed_sample(seed, epoch, wanted[0])
+        try:
+            return list(self._dataset.__getitems__(wanted))
+        except Exception as error:  # read again one by one, to name the sample
+            self._read_each(wanted, seed, epoch)
+            raise DataError(
+                f"The samples {shortened(wanted)} of {self._name} could not be read together: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def shortened(indices: list[int]) -> str:
+    """Indices for a message; the first ones if they are many."""
+    shown = ", ".join(str(index) for index in indices[:8])
+    return f"[{shown}, ... {len(indices)} in all]" if len(indices) > 8 else f"[{shown}]"
+
+
+def _form(value: Any) -> Any:
+    """Types and shapes without the content."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return [str(value.dtype), list(value.shape)]
+    if isinstance(value, Mapping):
+        return {str(key): _form(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_form(item) for item in value]
+    return type(value).__name__

@@ -1,0 +1,109 @@
+"""The few collectives that training needs; on one process they cost nothing.
+
+Everything goes through the default process group of ``torch.distributed``, which must be able to move
+CPU tensors (``gloo``, or ``cpu:gloo,cuda:nccl`` on GPUs).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from ray_trainer.errors import RayTrainerError, RunError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process among them, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until all ranks are here. Collective."""
+    if world_size() > 1:
+        gather_rows(torch.zeros(1, 1, dtype=torch.float64))
+
+
+def gather_objects(value: T) -> list[T]:
+    """The plain value of every rank, in rank order, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return cast(list[T], gathered)
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The plain value of rank ``source``, on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    box = [value if rank() == source else None]
+    dist.broadcast_object_list(box, src=source)
+    return cast(T, box[0])
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The float64 CPU rows of every rank. Collective: all ranks pass the same shape.
+
+    Sums over the result are taken in rank order by the caller, so they do not depend on how a reduction
+    algorithm happens to cut its buffer into chunks.
+
+    Args:
+        rows: ``(n, k)``.
+
+    Returns:
+        ``(world_size, n, k)``.
+    """
+    if world_size() == 1:
+        return rows.unsqueeze(0)
+    gathered = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.stack(gathered)
+
+
+@contextmanager
+def same_error_everywhere() -> Iterator[None]:
+    """Let all ranks raise what the first failing one raised in the block. Collective at its end.
+
+    The block itself must not communicate: a rank that fails in it would leave the others waiting.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # whatever it is, the other ranks must learn of it before it is raised
+        error = caught
+    failures = gather_objects(None if error is None else _portable(error))
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is None:
+        return
+    raised = error if error is not None and rank() == failures.index(first) else first
+    if isinstance(raised, RayTrainerError):
+        raised.on_all_ranks = True
+    raise raised
+
+
+def _portable(error: Exception) -> RayTrainerError:
+    """The error in a form that surely pickles."""
+    if isinstance(error, RayTrainerError):
+        return type(error)(*error.args)
+    return RunError(f"rank {rank()}: {type(error).__name__}: {error}")
+
+
+def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The module to call in training: ``model`` itself, or in ``DistributedDataParallel`` on several ranks.
+
+    The optimizer, checkpoints and validation keep using ``model``, whose names carry no prefix.
+    """
+    if world_size() == 1:
+        return model
+    on_gpu = device.type == "cuda"
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None)

@@ -1,0 +1,71 @@
+"""Validation: the whole data set once, every sample counted once, whatever the number of ranks."""
+
+import torch
+
+from ray_trainer import distributed
+from ray_trainer.data.source import Batch, BatchSource, to_device
+from ray_trainer.forward import Forward
+from ray_trainer.metrics.tracker import MetricsTracker
+from ray_trainer.runtime import Runtime, Stop
+from ray_trainer.seeding import isolated_rng
+from ray_trainer.task import Task
+
+
+class ValidationLoop:
+    """Measures the model on validation data without leaving a trace in it or in any generator."""
+
+    def __init__(self, forward: Forward, task: Task, runtime: Runtime) -> None:
+        self._forward = forward
+        self._task = task
+        self._runtime = runtime
+        self.stop = Stop.NONE
+
+    def run(self, source: BatchSource) -> dict[str, float] | None:
+        """Mean loss and metrics over all samples and ranks. Collective.
+
+        Returns:
+            ``loss``, the task's metrics and ``perplexity`` where the task has them; None if interrupted.
+        """
+        model = self._forward.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), isolated_rng():
+                totals = self._totals(source)
+        finally:
+            model.train(was_training)
+        return None if totals is None else self._means(totals)
+
+    def _totals(self, source: BatchSource) -> list[float] | None:
+        rows: list[tuple[torch.Tensor | int, ...]] = []  # read at the end: no wait for the device before
+        for step_batch in source.steps(epoch=0):
+            if step_batch.num_samples:
+                rows += [self._measure(micro_batch) for micro_batch in step_batch.micro_batches]
+            self._agree_on_stop()
+            if self.stop is not Stop.NONE:
+                return None
+        totals = [0.0] * (2 + 2 * len(self._task.metric_names))
+        for row in rows:
+            totals = [total + float(value) for total, value in zip(totals, row, strict=True)]
+        ranks = distributed.gather_rows(torch.tensor([totals], dtype=torch.float64))[:, 0].tolist()
+        return [sum(column) for column in zip(*ranks, strict=True)]
+
+    def _measure(self, micro_batch: Batch) -> tuple[torch.Tensor | int, ...]:
+        batch = to_device(micro_batch, self._forward.device)
+        with self._forward.precision():
+            result = self._task.evaluate(self._forward.model, batch)
+        return tuple(number for pair in (result.loss, *result.metrics) for number in pair)
+
+    def _agree_on_stop(self) -> None:
+        mine = torch.tensor([[self._runtime.requested_stop()]], dtype=torch.float64)
+        self.stop = Stop(int(distributed.gather_rows(mine).max()))
+
+    def _means(self, totals: list[float]) -> dict[str, float]:
+        names = ("loss", *self._task.metric_names)
+        means = {
+            name: totals[2 * place] / totals[2 * place + 1] if totals[2 * place + 1] else float("nan")
+            for place, name in enumerate(names)
+        }
+        if self._task.has_perplexity:
+            means["perplexity"] = MetricsTracker.compute_perplexity(means["loss"])
+        return means

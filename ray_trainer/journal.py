@@ -1,0 +1,139 @@
+"""What a run leaves beside its checkpoints: events, rows of metrics, its configuration and surroundings."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ray_trainer import distributed
+from ray_trainer.checkpoint import LoadedCheckpoint
+from ray_trainer.config import TrainingConfig
+from ray_trainer.documents import dump_yaml
+from ray_trainer.metrics.events import EventLog, next_attempt
+from ray_trainer.metrics.tensorboard import TensorBoardWriter
+from ray_trainer.metrics.writers import JsonlWriter, MetricsWriter, Writers
+from ray_trainer.runtime import Runtime
+from ray_trainer.storage import Storage
+
+#: What belongs to a run in its directory, beside its checkpoints.
+RUN_FILES = ("run.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "tensorboard", "report.html")
+_PACKAGES = ("ray-trainer", "torch", "ray", "numpy", "pyarrow", "safetensors", "tensorboardX")
+
+
+class Journal:
+    """Written by rank 0; on the others, and in a ``fast_dev_run``, it takes everything and keeps nothing.
+
+    Attributes:
+        attempt: which start of the run this is, from 1; 0 where nothing is written.
+    """
+
+    def __init__(self, runtime: Runtime, config: TrainingConfig) -> None:
+        self._runtime = runtime
+        self._config = config
+        self._events: EventLog | None = None
+        self._writers = Writers()
+        self.attempt = 0
+
+    def open(self, saved: LoadedCheckpoint | None) -> None:
+        """Begin the files of this attempt; rows beyond the step that training resumes from are dropped.
+
+        Raises:
+            OSError: storage cannot be read or written.
+        """
+        if distributed.rank() > 0 or self._config.fast_dev_run:
+            return
+        storage = self._runtime.storage
+        self.attempt = next_attempt(storage)
+        self._events = EventLog(storage, self.attempt)
+        writers: list[MetricsWriter] = [JsonlWriter(storage, self.attempt)]
+        if self._config.tensorboard:
+            writers.append(TensorBoardWriter(storage, self.attempt))
+        self._writers = Writers(writers)
+        self._writers.rewind(saved.record.step if saved else 0)
+        described = {"training": self._config.to_dict(), **self._runtime.describe()}
+        storage.write("run.yaml", dump_yaml(described).encode())
+        storage.write("environment.json", json.dumps(environment(), indent=2).encode())
+        self._tell_beginning(saved)
+
+    def _tell_beginning(self, saved: LoadedCheckpoint | None) -> None:
+        if self.attempt == 1:
+            self.event("run_started", step=0, epoch=0)
+        self.event("workers_started", num_workers=distributed.world_size())
+        if saved is None:
+            return
+        for name, reason in saved.rejected:
+            self.event("checkpoint_rejected", checkpoint=name, reason=reason)
+        record = saved.record
+        self.event("resumed", record.step, record.epoch, **{"from": record.name, "tier": "storage"})
+
+    def event(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> None:
+        """Record what happened, and tell whoever watches."""
+        if self._events is not None:
+            self._runtime.announce(event, self._events.record(event, step, epoch, **details))
+
+    def metrics(self, split: str, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        """Add a row of ``train`` or ``val``; (split, step) comes once."""
+        self._writers.write({"step": step, "epoch": epoch, "split": split, **values})
+
+    def flush(self) -> None:
+        """Bring rows to storage."""
+        self._writers.flush()
+
+    def close(self) -> None:
+        """Bring everything to storage."""
+        self._writers.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host, threads, git revision: what a run's bits and speed depend on."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": distributed.world_size(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_revision": _git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the directory the run was started in; None where that is no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def move_aside(storage: Storage, names: list[str]) -> str | None:
+    """Move what an earlier run left in its directory to ``previous_NN/`` there; returns that name.
+
+    Nothing is deleted and nothing of it is mixed with the new run.
+    """
+    if not names:
+        return None
+    taken = set(storage.list())
+    number = 1
+    while f"previous_{number:02d}" in taken:
+        number += 1
+    for name in names:
+        storage.move(name, f"previous_{number:02d}/{name}")
+    return f"previous_{number:02d}"

@@ -1,0 +1,234 @@
+"""The order of everything inside a training step."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from ray_trainer import distributed
+from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
+from ray_trainer.errors import DivergenceError
+from ray_trainer.forward import Forward
+from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
+from ray_trainer.hooks import StepRecord
+from ray_trainer.losses import LossResult
+from ray_trainer.metrics.sums import MetricSums
+from ray_trainer.runtime import Runtime, Stop
+from ray_trainer.seeding import seed_step
+from ray_trainer.state import Progress
+from ray_trainer.task import BatchResult, Task
+
+
+class TrainingLoop:
+    """Runs the steps of an epoch; yields at each completed one, the only safe point.
+
+    One step::
+
+        seed every generator from (seed, step, rank)
+        for each micro-batch: forward → loss sum, count → backward (gradients of the sum)
+        agree with all ranks on the count, the clock and wishes to stop
+        one gradient norm, of the mean over the global batch → verdict
+        update, or leave the weights alone
+        progress, metric sums
+        yield
+
+    Attributes:
+        stop: the wish to stop that all ranks agreed on with the last step.
+        is_whole: the model is what the last completed step left, also after an error in the next one.
+        batch_losses: of this rank's micro-batches of the last step.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        task: Task,
+        *,
+        accumulator: GradientAccumulator,
+        monitor: GradientMonitor,
+        progress: Progress,
+        sums: MetricSums,
+        runtime: Runtime,
+        seed: int,
+    ) -> None:
+        self._forward = forward
+        self._task = task
+        self._accumulator = accumulator
+        self._monitor = monitor
+        self._progress = progress
+        self._sums = sums
+        self._runtime = runtime
+        self._seed = seed
+        self._rank = distributed.rank()
+        self._world_size = distributed.world_size()
+        self._statistics = RunningStatistics(forward.model)
+        self._clock = time.monotonic()
+        self._buckets_settled = self._world_size <= 2
+        self.stop = Stop.NONE
+        self.is_whole = True
+        self._data_wait_s = 0.0
+        self.batch_losses: list[LossResult] = []
+
+    def steps(self, source: BatchSource) -> Iterator[StepRecord]:
+        """The remaining steps of the epoch in progress. Collective.
+
+        Raises:
+            DivergenceError: the gradients were unusable too often in a row; equal on all ranks.
+        """
+        batches = source.steps(self._progress.epoch, start=self._progress.step_in_epoch)
+        self._forward.module.train()
+        while True:
+            before = time.perf_counter()
+            step_batch = next(batches, None)
+            self._data_wait_s += time.perf_counter() - before
+            if step_batch is None:
+                return
+            if not self._buckets_settled:
+                self._settle_buckets(step_batch)
+            yield self._step(step_batch)
+
+    def _step(self, step_batch: StepBatch) -> StepRecord:
+        progress = self._progress
+        seed_step(self._seed, progress.step, self._rank)
+        self._statistics.remember()
+        try:
+            results = self._accumulate(step_batch)
+        except BaseException:
+            self._statistics.put_back()
+            self._accumulator.discard()
+            self.is_whole = self._statistics.are_complete
+            raise
+
+        local_count = sum(float(result.loss.count) for result in results)
+        count, num_samples, seconds = self._agree(local_count, step_batch.num_samples)
+        mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
+        norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
+        learning_rate = self._accumulator.learning_rate
+        verdict, error = self._judge(norm) if count else (Verdict.SKIP, None)
+        self.is_whole = False
+        is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
+        if is_updated:
+            self._sums.append(_row(results))
+        else:
+            self._statistics.put_back()
+            self._accumulator.discard()
+        progress.complete_step(num_samples, seconds, skipped=not is_updated)
+        self.is_whole = True
+        if error is not None:
+            raise error
+        return StepRecord(
+            step=progress.step,
+            epoch=progress.epoch,
+            loss_sum=results[-1].loss.sum,
+            loss_count=results[-1].loss.count,
+            gradient_norm=norm,
+            learning_rate=learning_rate,
+            num_samples=num_samples,
+            skipped=not is_updated,
+        )
+
+    def _judge(self, norm: float) -> tuple[Verdict, DivergenceError | None]:
+        """Whether the gradients may reach the weights; equal on all ranks, because the norm is."""
+        if math.isfinite(norm):
+            verdict = self._monitor.judge(norm)
+        else:
+            verdict = self._monitor.judge(norm, self._accumulator.is_searching_scale)
+        if verdict is not Verdict.ABORT:
+            return verdict, None
+        error = self._monitor.divergence(norm, self._monitor.check_gradients(self._forward.model))
+        error.on_all_ranks = True
+        return verdict, error
+
+    def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
+        """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
+        results = []
+        last = len(step_batch.micro_batches) - 1
+        for index, micro_batch in enumerate(step_batch.micro_batches):
+            with nullcontext() if index == last else self._forward.without_sync():
+                result = self._evaluate(micro_batch)
+                weight_zero = step_batch.num_samples == 0
+                self._accumulator.backward(result.loss.sum * 0.0 if weight_zero else result.loss.sum)
+            results.append(result.without_weight() if weight_zero else result)
+        self.batch_losses = [result.loss for result in results]
+        return results
+
+    def _evaluate(self, micro_batch: Batch) -> BatchResult:
+        batch = to_device(micro_batch, self._forward.device)
+        with self._forward.precision():
+            return self._task.evaluate(self._forward.module, batch)
+
+    def _agree(self, count: float, num_samples: int) -> tuple[float, int, float]:
+        """Count and samples of the global batch and seconds since the last step, equal on all ranks.
+
+        Wishes to stop ride on the same exchange.
+        """
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        wish = self._runtime.requested_stop()
+        if self._world_size == 1:
+            self.stop = wish
+            return count, num_samples, seconds
+        mine = torch.tensor([[count, num_samples, wish, seconds]], dtype=torch.float64)
+        rows = distributed.gather_rows(mine)[:, 0].tolist()
+        self.stop = Stop(int(max(row[2] for row in rows)))
+        return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
+
+    def _settle_buckets(self, step_batch: StepBatch) -> None:
+        """Make the exchange of gradients the same in every process of a run, from its first step on.
+
+        ``DistributedDataParallel`` lays its buckets out anew after the first backward pass. A ring reduction
+        adds up in an order that depends on the place in the bucket, so with more than two ranks the first
+        step after a restart would differ in its last bits. A pass that is thrown away comes first.
+        """
+        self._buckets_settled = True
+        self._statistics.remember()
+        self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
+        self._statistics.put_back()
+        self._accumulator.discard()
+
+    def take_data_wait_s(self) -> float:
+        """Seconds this rank has waited for data since the last call."""
+        waited, self._data_wait_s = self._data_wait_s, 0.0
+        return waited
+
+    def restart_clock(self) -> None:
+        """Training starts now: set-up does not count as time of the first step."""
+        self._clock = time.monotonic()
+
+
+def _row(results: list[BatchResult]) -> tuple[torch.Tensor | int, ...]:
+    """Loss sum and count and each metric's, over the micro-batches of a step."""
+    rows = [(r.loss.sum.detach(), r.loss.count, *(value for pair in r.metrics for value in pair)) for r in results]
+    if len(rows) == 1:
+        return rows[0]
+    return tuple(sum(column[1:], start=column[0]) for column in zip(*rows, strict=True))
+
+
+class RunningStatistics:
+    """The running means and variances of normalisation layers, as they were before the step.
+
+    A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
+    would stay in them for ever.
+
+    Attributes:
+        are_complete: the model keeps no other buffers that a forward pass might change.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._live = [buffer for layer in layers for buffer in layer.buffers()]
+        self._saved = [buffer.clone() for buffer in self._live]
+        known = {id(buffer) for buffer in self._live}
+        self.are_complete = all(id(buffer) in known for buffer in model.buffers())
+
+    def remember(self) -> None:
+        """Keep the values of this moment."""
+        if self._live:
+            torch._foreach_copy_(self._saved, self._live)
+
+    def put_back(self) -> None:
+        """Return to the values that were kept."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._saved)

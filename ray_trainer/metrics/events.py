@@ -1,0 +1,66 @@
+"""What happened to a run, over all its attempts: ``events.jsonl``."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray_trainer.metrics.jsonl import JsonlLog, Row, read_rows
+from ray_trainer.storage import Storage
+
+_NAME = "events.jsonl"
+
+
+class EventLog:
+    """Records events of one attempt. Lines of earlier attempts are never touched.
+
+    Several processes may record at the same time; recording never fails, see `degraded`.
+    """
+
+    def __init__(
+        self, storage: Storage, attempt: int, writer: str = "", clock: Callable[[], float] = time.time
+    ) -> None:
+        """Open nothing.
+
+        Args:
+            storage: the run's directory.
+            attempt: which start of the run this is, from `next_attempt`.
+            writer: tells processes apart that record at the same time, as ``driver``.
+            clock: the time in seconds since 1970.
+        """
+        self._attempt = attempt
+        self._clock = clock
+        self._log = JsonlLog(storage, _NAME, attempt, writer)
+
+    @property
+    def degraded(self) -> str | None:
+        """Why events are waiting or lost, for the user; None if all is well."""
+        return self._log.degraded
+
+    def record(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> Row:
+        """Write an event at once, on object stores too: the next thing to happen may be the end.
+
+        Args:
+            event: its name, as ``checkpoint_saved``.
+            step: completed steps of the run.
+            epoch: the epoch in progress.
+            **details: plain values.
+
+        Returns:
+            The row: ``time``, ``event``, ``attempt``, ``step`` and ``epoch`` where given, and the details.
+        """
+        row: Row = {"time": self._clock(), "event": event, "attempt": self._attempt}
+        row |= {name: value for name, value in (("step", step), ("epoch", epoch)) if value is not None}
+        row |= details
+        self._log.append(row)
+        self._log.flush()
+        return row
+
+
+def read_events(storage: Storage) -> list[Row]:
+    """The events of all attempts and writers, oldest first."""
+    return sorted(read_rows(storage, _NAME), key=lambda row: float(row.get("time", 0.0)))
+
+
+def next_attempt(storage: Storage) -> int:
+    """The number of the next attempt: 1 for a new run. Reads only."""
+    return 1 + max((int(row.get("attempt", 0)) for row in read_events(storage)), default=0)

@@ -1,0 +1,92 @@
+"""Optimizer and learning-rate schedule from the configuration. Schedules count updates, not batches."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim.lr_scheduler import LambdaLR
+
+from ray_trainer.config import TrainingConfig
+from ray_trainer.errors import ConfigError
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over all trainable parameters, in torch's fused form where it exists.
+
+    Raises:
+        ConfigError: the model has no trainable parameter.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError(
+            f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to train. "
+            "Unfreeze some, or build the model with parameters."
+        )
+    fused = all(parameter.is_floating_point() for parameter in parameters)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+    optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return optimizer_class(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+def build_scaler(config: TrainingConfig, device: torch.device) -> GradScaler | None:
+    """The loss scaler that fp16 needs, or None."""
+    return GradScaler(device.type) if config.autocast_dtype == "float16" else None
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int | None
+) -> LambdaLR:
+    """The configured schedule over ``total_steps`` updates.
+
+    Raises:
+        ConfigError: the schedule needs the number of steps and nothing tells it.
+    """
+    return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
+
+
+def learning_rate_factor(config: TrainingConfig, total_steps: int | None) -> Callable[[int], float]:
+    """What the base rate is multiplied with for the update after ``step`` updates.
+
+    Linear warm-up from one ``warmup_steps``-th to 1, then the decay of ``lr_scheduler_type`` down to
+    ``min_lr_ratio`` at the last step. ``wsd`` is warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395,
+    section 4) with a linear decay over the last ``decay_ratio`` of all steps.
+    """
+    kind = config.lr_scheduler_type
+    if total_steps is None and (kind != "constant" or config.warmup_steps is None):
+        if kind != "constant":
+            raise ConfigError(
+                f"lr_scheduler_type '{kind}' needs the number of steps, but the training data has no length. "
+                "Set max_steps, or use lr_scheduler_type 'constant' with warmup_steps."
+            )
+        total_steps = 0
+    total = total_steps or 0
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total)
+    floor = config.min_lr_ratio
+    decay_start = max(warmup, total - round(config.decay_ratio * total)) if kind == "wsd" else warmup
+    decay_steps = max(1, total - decay_start)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if kind == "constant" or step < decay_start:
+            return 1.0
+        done = min(1.0, (step - decay_start) / decay_steps)
+        shape = 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done
+        return floor + (1 - floor) * shape
+
+    return factor

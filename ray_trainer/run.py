@@ -1,0 +1,159 @@
+"""One run of a training, from its state at the start to its results: epochs, safe points, saves."""
+
+import logging
+
+import torch
+
+from ray_trainer import distributed
+from ray_trainer.config import TrainingConfig
+from ray_trainer.evaluation import ValidationLoop
+from ray_trainer.hooks import HookCaller, Request, StepRecord, requested
+from ray_trainer.hooks.checks import Hook
+from ray_trainer.loop import TrainingLoop
+from ray_trainer.recording import Recorder
+from ray_trainer.runtime import Stop
+from ray_trainer.saving import Saver
+from ray_trainer.setup import Setup
+from ray_trainer.triggers import Moment, any_of
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """Carries a training from where it is to its end.
+
+    The order of an epoch: start → steps → validation → log → save → end. Between two steps, at the safe point:
+    hooks → log → validation → save. All decisions are equal on all ranks: they follow from the progress, from
+    reduced numbers, or from what was agreed with the step.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        setup: Setup,
+        loop: TrainingLoop,
+        validation: ValidationLoop,
+        recorder: Recorder,
+        saver: Saver,
+        hooks: HookCaller,
+    ) -> None:
+        self._limits = setup.limits
+        self._sources = setup.sources
+        self._loop = loop
+        self._validation = validation
+        self._recorder = recorder
+        self._saver = saver
+        self._progress = recorder.progress
+        self._hooks = hooks
+        self._validate_at = any_of(steps=config.validate_every_n_steps, epochs=config.validate_every_n_epochs)
+        self._save_requested = False
+        self.interruption = Stop.NONE
+
+    def execute(self) -> None:
+        """Train to the end, to an early stop or to an interruption. Collective."""
+        progress = self._progress
+        if progress.epoch_logged and not self._limits.reached(progress):
+            self._end_epoch()  # the checkpoint was written just before
+        self._loop.restart_clock()
+        try:
+            self._train()
+        except Exception:
+            if distributed.world_size() == 1 and self._loop.is_whole:
+                self._recorder.flush()
+                self._saver.save_after_error(self._recorder.metrics())
+            raise
+
+    def _train(self) -> None:
+        progress = self._progress
+        while not self._limits.reached(progress) and self.interruption is Stop.NONE:
+            if progress.step_in_epoch == 0 and self._hooks.on_epoch_start is not None:
+                self._hooks.on_epoch_start(progress.epoch)
+            is_whole = self._train_epoch()
+            if self.interruption is Stop.NONE:
+                self._close_epoch(is_whole)
+        if self.interruption is not Stop.NONE:
+            logger.warning("Stopping after step %d: %s.", progress.step, self.interruption.name)
+        self._recorder.flush()
+        self._saver.save_last(self._recorder.metrics())
+
+    def _train_epoch(self) -> bool:
+        """The remaining steps of the epoch in progress, or those up to a limit; whether it is whole then."""
+        for record in self._loop.steps(self._sources.train):
+            self._after_step(record)
+            self.interruption = max(self.interruption, self._loop.stop)
+            if self.interruption is not Stop.NONE or self._limits.reached(self._progress):
+                return self._limits.ends_epoch(self._progress)
+        return True
+
+    def _after_step(self, record: StepRecord) -> None:
+        progress = self._progress
+        self._call_after_step(record)
+        ends_epoch = self._limits.ends_epoch(progress)
+        self._recorder.step(record, self._loop.take_data_wait_s(), is_last=ends_epoch or self._limits.reached(progress))
+        if ends_epoch or self._limits.reached(progress):
+            return  # validation and saving belong to the end of the epoch
+        moment = self._moment(is_epoch_end=False)
+        if self._validate_at.due(moment) and not self._validate():
+            return
+        if self._save_requested or self._saver.due(moment):
+            self._save()
+
+    def _close_epoch(self, is_whole: bool) -> None:
+        """Validate, log, save and end the epoch in progress, which a limit may have cut short."""
+        progress = self._progress
+        moment = self._moment(is_epoch_end=is_whole)
+        is_end = self._limits.reached(progress) or progress.epoch + 1 >= self._limits.epochs
+        if (self._validate_at.due(moment) or is_end) and not self._validate():
+            return
+        self._recorder.epoch()
+        progress.epoch_logged = is_whole
+        if self._save_requested or self._saver.due(moment) or self._limits.reached(progress):
+            self._save()
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        progress = self._progress
+        self._ask(self._hooks.on_epoch_end, progress.epoch, self._recorder.epoch_metrics())
+        if progress.epoch_logged:
+            progress.complete_epoch()
+            self._recorder.reset_epoch()
+
+    def _validate(self) -> bool:
+        """Measure the model where there is validation data; False if that was interrupted."""
+        if self._sources.val is None:
+            return True
+        means = self._validation.run(self._sources.val)
+        if means is None:
+            self.interruption = max(self.interruption, self._validation.stop)
+            return False
+        self._ask(self._hooks.on_validation_end, self._recorder.validation(means))
+        return True
+
+    def _save(self) -> None:
+        self._save_requested = False
+        self._recorder.flush()
+        self._saver.save(self._recorder.metrics())
+
+    def _call_after_step(self, record: StepRecord) -> None:
+        hooks = self._hooks
+        if hooks.on_batch_end is not None:
+            first = (self._progress.step_in_epoch - 1) * self._sources.micro_batches_a_step
+            for index, loss in enumerate(self._loop.batch_losses, start=first):
+                self._ask(hooks.on_batch_end, index, float(loss.mean))
+        self._ask(hooks.on_step_end, record)
+
+    def _ask(self, hook: Hook | None, *arguments: object) -> None:
+        """Call a hook and carry out what it asks for on any rank. Collective if the hook is there."""
+        if hook is None:
+            return
+        mine = torch.tensor([[requested(hook(*arguments)).value]], dtype=torch.float64)
+        for value in distributed.gather_rows(mine).flatten().tolist():
+            request = Request(int(value))
+            if Request.STOP in request and self._progress.stop_reason is None:
+                self._progress.stop_reason = f"{getattr(hook, '__qualname__', 'a hook')} asked to stop"
+            self._save_requested |= Request.SAVE in request
+
+    def _moment(self, is_epoch_end: bool) -> Moment:
+        progress = self._progress
+        idle_s = progress.elapsed_s - self._saver.saved_at_s
+        return Moment(progress.step, progress.epoch, is_epoch_end, idle_s)

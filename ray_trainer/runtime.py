@@ -1,0 +1,136 @@
+"""The one seam between training and the outside: device, place, interruption, and who is told."""
+
+import enum
+import signal
+import threading
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from ray_trainer.storage import Storage
+
+
+class Stop(enum.IntEnum):
+    """Why the outside wants a run to stop; the highest of all ranks counts."""
+
+    NONE = 0
+    PREEMPTION = 1
+    SIGTERM = 2
+    SIGINT = 3
+
+
+def raise_interruption(stop: Stop) -> None:
+    """End as an interrupted program does: KeyboardInterrupt, or exit with 143 after SIGTERM."""
+    if stop is Stop.SIGINT:
+        raise KeyboardInterrupt
+    if stop is not Stop.NONE:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+class Runtime(Protocol):
+    """What training asks of its surroundings. Rank and world size come from `distributed`.
+
+    Used as a context manager around a run.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    @property
+    def storage(self) -> Storage:
+        """The run directory, the same on all ranks."""
+
+    def __enter__(self) -> "Runtime":
+        """The run begins."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The run ended, however it did."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """The sections of ``run.yaml`` that training itself does not know."""
+
+    def requested_stop(self) -> Stop:
+        """What this rank knows of a wish to stop; cheap, asked at every step."""
+
+    def show(self, progress: Mapping[str, Any]) -> None:
+        """Take the newest progress, for a display; cheap, called on rank 0 at every step that is logged."""
+
+    def announce(self, event: str, details: Mapping[str, Any]) -> None:
+        """Take an event of the run, for a display; called on rank 0."""
+
+    def checkpoint_committed(self, uri: str, metrics: Mapping[str, float]) -> None:
+        """Mirror a checkpoint that is whole on storage to whoever keeps a list. Collective."""
+
+    def conclude(self, stop: Stop) -> None:
+        """The run was interrupted, saved and closed: pass that on in this surrounding's way."""
+
+
+class LocalRuntime:
+    """One process, or ranks that somebody else launched with ``torch.distributed`` set up.
+
+    While a run is on, the first Ctrl-C or SIGTERM asks it to stop after the step in progress; a second one
+    ends it at once. Signals are left alone where the run is not on the main thread.
+    """
+
+    def __init__(self, run_dir: str, device: torch.device | None = None) -> None:
+        self._storage = Storage.open(run_dir)
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._stop = Stop.NONE
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """See `Runtime`."""
+        return self._device
+
+    @property
+    def storage(self) -> Storage:
+        """See `Runtime`."""
+        return self._storage
+
+    def __enter__(self) -> "LocalRuntime":
+        """Listen to signals."""
+        self._stop = Stop.NONE
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give signals back to whoever had them."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop is not Stop.NONE:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self._stop = Stop.SIGINT if number == signal.SIGINT else Stop.SIGTERM
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Runtime`."""
+        return {}
+
+    def requested_stop(self) -> Stop:
+        """See `Runtime`."""
+        return self._stop
+
+    def show(self, progress: Mapping[str, Any]) -> None:
+        """See `Runtime`; a hook or the log shows progress here."""
+
+    def announce(self, event: str, details: Mapping[str, Any]) -> None:
+        """See `Runtime`."""
+
+    def checkpoint_committed(self, uri: str, metrics: Mapping[str, float]) -> None:
+        """See `Runtime`; the manifests on storage are all there is."""
+
+    def conclude(self, stop: Stop) -> None:
+        """See `raise_interruption`."""
+        raise_interruption(stop)

@@ -1,0 +1,79 @@
+"""Files of this machine, durable once written."""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from ray_trainer.storage.naming import naming
+
+Buffer = bytes | memoryview
+
+_APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+def write(path: Path, chunks: Iterable[Buffer]) -> None:
+    """Write a file under another name, and give it its own once it has reached the disk."""
+    _make_directory(path.parent)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with naming(path), unfinished.open("xb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file in one call to the system, so that the lines of two writers stay whole."""
+    with naming(path):
+        try:
+            descriptor = os.open(path, _APPENDING, 0o666)
+        except FileNotFoundError:
+            _make_directory(path.parent)
+            descriptor = os.open(path, _APPENDING, 0o666)
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
+def delete(path: Path) -> None:
+    """Remove a file, a link or a whole directory."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    with naming(directory):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync files only
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory and its parents so that their names survive a power cut."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_directory(directory.parent)

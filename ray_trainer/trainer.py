@@ -1,0 +1,274 @@
+"""The orchestrator: builds the parts of a training, restores them, runs them, closes them."""
+
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ray_trainer import distributed
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, Manifest
+from ray_trainer.config import TrainingConfig
+from ray_trainer.data import BatchSource, UniversalDataModule
+from ray_trainer.evaluation import ValidationLoop
+from ray_trainer.forward import Forward
+from ray_trainer.gradients import GradientAccumulator, GradientMonitor
+from ray_trainer.hooks import DefaultHooks, HookCaller, ResumeRecord
+from ray_trainer.journal import Journal
+from ray_trainer.loop import TrainingLoop
+from ray_trainer.losses import LossStrategy
+from ray_trainer.metrics import MetricsTracker, MetricSums
+from ray_trainer.optim import build_optimizer, build_scaler, build_scheduler
+from ray_trainer.recording import Books, Recorder
+from ray_trainer.run import Run
+from ray_trainer.runtime import LocalRuntime, Runtime, Stop
+from ray_trainer.saving import Audience, Saver, make_room
+from ray_trainer.seeding import deterministic_mode, set_random_seed
+from ray_trainer.setup import (
+    Limits,
+    Setup,
+    Sources,
+    choose_global_batch_size,
+    choose_monitor,
+    refuse_changes,
+    train_plan,
+    try_first_batch,
+    validation_plan,
+)
+from ray_trainer.state import Progress, Stateful, TrainState
+from ray_trainer.task import Task, TaskSpec, loss_for
+from ray_trainer.triggers import EarlyStopping
+
+
+class Trainer:
+    """Trains a model, and goes on after any interruption as if there had been none.
+
+    It orchestrates and contains no low-level logic. The order of an epoch is fixed: start, batches,
+    validation, log, save, end.
+
+    Args:
+        model: anything whose forward takes the fields of a batch; moved to the device.
+        config: the model's configuration; ``pad_token_id`` is read from it if it is there.
+        training_config: how to train; validated here.
+        task_spec: what a batch means; language modelling without one.
+        hooks: any object with some of the methods of `TrainingHooks`.
+        optimizer: used as it is; else built from the configuration.
+        scheduler: used as it is, advanced by each update; else built from the configuration when training starts,
+            because only then the number of steps is known.
+        loss_strategy: used as it is; else chosen by the task.
+        tokenizer: for data that is raw text.
+        data_collator: makes a batch of a list of samples.
+        runtime: the surroundings; one process that writes to ``training_config.checkpoint_dir`` by default.
+
+    Attributes:
+        device: where the model is.
+        task: forward, loss and metrics of a batch.
+        checkpoint_manager, metrics_tracker, gradient_monitor, gradient_accumulator: the parts at work.
+        progress: how far the training is.
+
+    Raises:
+        ConfigError: a `ValueError` with every error in the configuration, before anything is written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        training_config: TrainingConfig,
+        task_spec: TaskSpec | None = None,
+        hooks: Any = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        loss_strategy: LossStrategy | None = None,
+        tokenizer: Any = None,
+        data_collator: Any = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        training_config.validate()
+        if task_spec is not None:
+            task_spec.validate()
+        self.hooks = DefaultHooks() if hooks is None else hooks
+        self._hooks = HookCaller(self.hooks)
+        self.config = config
+        self.training_config = training_config
+        self.task_spec = task_spec
+        self.tokenizer = tokenizer
+        self.data_collator = data_collator
+        self.runtime = runtime or LocalRuntime(training_config.checkpoint_dir)
+        self.device = self.runtime.device
+        set_random_seed(training_config.random_seed)
+        self.model = model.to(self.device)
+        pad_token_id = getattr(config, "pad_token_id", None)
+        self.loss_strategy = loss_strategy or loss_for(task_spec)
+        self.task = Task(task_spec, model, self.loss_strategy, pad_token_id)
+        self.optimizer = optimizer or build_optimizer(model, training_config)
+        self.scheduler = scheduler
+        self.gradient_accumulator = GradientAccumulator(
+            self.optimizer,
+            training_config.gradient_accumulation_steps,
+            training_config.max_grad_norm,
+            scaler=build_scaler(training_config, self.device),
+        )
+        self.gradient_monitor = GradientMonitor(
+            max_consecutive_failures=training_config.max_consecutive_bad_steps,
+            explosion_threshold=training_config.gradient_explosion_threshold,
+        )
+        self.metrics_tracker = MetricsTracker()
+        self.checkpoint_manager = CheckpointManager(
+            self.runtime.storage,
+            keep_best_k=training_config.keep_best_k,
+            keep_last_n=training_config.keep_last_n,
+            monitor=training_config.monitor,
+            mode=training_config.mode,
+        )
+        self.progress = Progress()
+
+    def train(self, train_data: Any, val_data: Any = None, resume_from: str | None = None) -> dict[str, Any]:
+        """Train to the configured end, or to an early stop. Collective.
+
+        Args:
+            train_data: a map-style or iterable dataset, a `DataLoader`, a Hugging Face dataset, or a shard.
+            val_data: the same; None validates on nothing, or on ``validation_split`` of the training data.
+            resume_from: a checkpoint, a run directory, ``"auto"`` (the newest good checkpoint of this run, or
+                a fresh start), or None for a fresh start; what an earlier run left in the directory is then
+                moved to ``previous_NN/`` in it.
+
+        Returns:
+            ``metrics_summary`` (DataFrame, a row an epoch), ``best_epoch``, ``final_loss``,
+            ``checkpoint_path`` (of the best checkpoint, or None) and ``training_time`` (s).
+
+        Raises:
+            DataError: the data cannot be trained on; before anything is written.
+            CheckpointError: the checkpoint cannot be used, or the last one could not be written.
+            DivergenceError: too many steps in a row had unusable gradients.
+        """
+        config = self.training_config
+        config.validate()
+        with deterministic_mode(config.deterministic), self.runtime:
+            saved = self.checkpoint_manager.restore(resume_from)
+            with distributed.same_error_everywhere():
+                setup = self._set_up(train_data, val_data, saved.manifest if saved else None)
+            interruption = self._carry_out(setup, saved, resume_from)
+        self.runtime.conclude(interruption)
+        return self._results(setup.monitor)
+
+    def _set_up(self, train_data: Any, val_data: Any, saved: Manifest | None) -> Setup:
+        """Find whatever is wrong with data and configuration before anything is written."""
+        config = self.training_config
+        global_batch_size = choose_global_batch_size(config, saved)
+        data = UniversalDataModule(
+            train_data,
+            val_data,
+            task_spec=self.task_spec,
+            tokenizer=self.tokenizer,
+            val_split=config.validation_split,
+            seed=config.random_seed,
+            collate_fn=self.data_collator,
+        )
+        plan = train_plan(config, global_batch_size)
+        sources = Sources(
+            train=data.train_source(plan),
+            val=data.val_source(validation_plan(config)),
+            micro_batches_a_step=plan.micro_batches_a_step,
+        )
+        limits = Limits.of(config, sources.train.steps_per_epoch())
+        monitor = choose_monitor(config, self.task.metric_names, sources.val is not None)
+        if self.scheduler is None:
+            self.scheduler = build_scheduler(self.optimizer, config, limits.total_steps)
+        refuse_changes(saved, config, sources.train.fingerprint)
+        try_first_batch(self.task, self.model, self.device, sources)
+        return Setup(sources, limits, monitor, global_batch_size)
+
+    def _carry_out(self, setup: Setup, saved: LoadedCheckpoint | None, resume_from: str | None) -> Stop:
+        """Connect the parts, give them their state, and run; returns why the outside ended it, if it did."""
+        self.progress, self.metrics_tracker = Progress(), MetricsTracker()
+        self.gradient_accumulator.scheduler = self.scheduler
+        self.checkpoint_manager.policy = replace(self.checkpoint_manager.policy, monitor=setup.monitor)
+        books = self._open_books()
+        recorder = Recorder(self.training_config, setup.monitor, self.task, books, self.progress, self.runtime)
+        state = self._train_state(books, recorder, setup.sources.train)
+        if saved is not None:
+            state.load_state_dict(saved.state)
+        forward = Forward.build(self.model, self.device, self.training_config)
+        make_room(self.checkpoint_manager, saved, resume_from)
+        books.journal.open(saved)
+        saver = self._build_saver(setup, state, books.journal)
+        run = self._build_run(setup, forward, recorder, books, saver)
+        with self._hooks.training(), closing(books.journal):
+            if saved is not None and self._hooks.on_resume is not None:
+                self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
+            run.execute()
+        return run.interruption
+
+    def _open_books(self) -> Books:
+        config = self.training_config
+        return Books(
+            sums=MetricSums(2 + 2 * len(self.task.metric_names)),
+            tracker=self.metrics_tracker,
+            journal=Journal(self.runtime, config),
+            early_stopping=EarlyStopping(
+                config.early_stopping_patience, config.early_stopping_min_delta, config.mode
+            ),
+        )
+
+    def _train_state(self, books: Books, recorder: Recorder, source: BatchSource) -> TrainState:
+        """Register everything that a checkpoint has to hold."""
+        parts: dict[str, Stateful] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "accumulator": self.gradient_accumulator,
+            "monitor": self.gradient_monitor,
+            "progress": self.progress,
+            "sums": books.sums,
+            "history": books.tracker,
+            "early_stopping": books.early_stopping,
+            "recorder": recorder,
+            "hooks": self._hooks,
+        }
+        if self.scheduler is not None:
+            parts["scheduler"] = self.scheduler
+        if isinstance(source, Stateful):
+            parts["data"] = source
+        return TrainState(parts)
+
+    def _build_saver(self, setup: Setup, state: TrainState, journal: Journal) -> Saver:
+        meta = CheckpointMeta(
+            epoch=0,
+            step=0,
+            global_batch_size=setup.global_batch_size,
+            config=self.training_config.to_dict(),
+            data_fingerprint=setup.sources.train.fingerprint,
+            attempt=journal.attempt,
+        )
+        audience = Audience(self.runtime, journal, self._hooks)
+        return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience)
+
+    def _build_run(
+        self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver
+    ) -> Run:
+        loop = TrainingLoop(
+            forward,
+            self.task,
+            accumulator=self.gradient_accumulator,
+            monitor=self.gradient_monitor,
+            progress=self.progress,
+            sums=books.sums,
+            runtime=self.runtime,
+            seed=self.training_config.random_seed,
+        )
+        validation = ValidationLoop(forward, self.task, self.runtime)
+        return Run(self.training_config, setup, loop, validation, recorder, saver, self._hooks)
+
+    def _results(self, monitor: str) -> dict[str, Any]:
+        history = self.metrics_tracker.metrics_history
+        best = None if self.training_config.fast_dev_run else self.checkpoint_manager.get_best()
+        mode = self.training_config.mode
+        return {
+            "metrics_summary": self.metrics_tracker.get_summary(),
+            "best_epoch": self.metrics_tracker.get_best_epoch(monitor.replace("_", "/", 1), mode),
+            "final_loss": history[-1]["train/loss"] if history else None,
+            "checkpoint_path": None if best is None else str(best),
+            "training_time": self.progress.elapsed_s,
+        }

@@ -1,0 +1,124 @@
+"""When something happens: small values that combine, ``EverySteps(100) | EveryMinutes(10)``."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is when a trigger is asked. Equal on all ranks, its clock included.
+
+    Attributes:
+        step: completed steps of the run.
+        epoch: the epoch that the last completed step belongs to.
+        is_epoch_end: that step was the epoch's last.
+        idle_s: seconds since the thing in question happened last, or since the start.
+    """
+
+    step: int
+    epoch: int
+    is_epoch_end: bool
+    idle_s: float
+
+
+class Trigger(Protocol):
+    """A pure question about a moment."""
+
+    def due(self, moment: Moment) -> bool:
+        """Whether it is time."""
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Due when one of its triggers is; never, without any."""
+
+    triggers: tuple[Trigger, ...] = ()
+
+    def due(self, moment: Moment) -> bool:
+        """See `Trigger`."""
+        return any(trigger.due(moment) for trigger in self.triggers)
+
+
+class _Combinable:
+    def __or__(self, other: Trigger) -> AnyOf:
+        return AnyOf((self, other))  # type: ignore[arg-type]  # every subclass is a Trigger
+
+
+@dataclass(frozen=True)
+class EverySteps(_Combinable):
+    """At each step that ``n`` divides."""
+
+    n: int
+
+    def due(self, moment: Moment) -> bool:
+        """See `Trigger`."""
+        return moment.step > 0 and moment.step % self.n == 0
+
+
+@dataclass(frozen=True)
+class EveryEpochs(_Combinable):
+    """At the end of each ``n``-th epoch."""
+
+    n: int
+
+    def due(self, moment: Moment) -> bool:
+        """See `Trigger`."""
+        return moment.is_epoch_end and (moment.epoch + 1) % self.n == 0
+
+
+@dataclass(frozen=True)
+class EveryMinutes(_Combinable):
+    """When it was ``minutes`` ago or more; on several ranks by one agreed clock."""
+
+    minutes: float
+
+    def due(self, moment: Moment) -> bool:
+        """See `Trigger`."""
+        return moment.idle_s >= self.minutes * 60
+
+
+def any_of(
+    *, steps: int | None = None, epochs: int | None = None, minutes: float | None = None
+) -> AnyOf:
+    """The triggers of those intervals that are set."""
+    triggers: list[Trigger] = []
+    if steps is not None:
+        triggers.append(EverySteps(steps))
+    if epochs is not None:
+        triggers.append(EveryEpochs(epochs))
+    if minutes is not None:
+        triggers.append(EveryMinutes(minutes))
+    return AnyOf(tuple(triggers))
+
+
+class EarlyStopping:
+    """Stop when a metric has not improved for ``patience`` validations in a row.
+
+    A value that is not a number is no improvement. Without a patience it never stops.
+    """
+
+    def __init__(self, patience: int | None, min_delta: float = 0.0, mode: str = "min") -> None:
+        self._patience = patience
+        self._min_delta = min_delta
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._best = math.inf
+        self._failures = 0
+
+    def should_stop(self, value: float) -> bool:
+        """Count one validation; whether patience ran out with it."""
+        if self._sign * value < self._best - self._min_delta:
+            self._best = self._sign * value
+            self._failures = 0
+        else:
+            self._failures += 1
+        return self._patience is not None and self._failures >= self._patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best value so far (signed so that less is better) and validations since."""
+        return {"best": self._best, "failures": self._failures}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting."""
+        self._best = state_dict["best"]
+        self._failures = state_dict["failures"]

@@ -1,0 +1,184 @@
+"""Two real processes over gloo, started once; each test looks at one thing that they did."""
+
+import errno
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, list_checkpoints, verify
+from ray_trainer.errors import CheckpointCorruptError, CheckpointError
+from ray_trainer.storage import Storage
+
+
+class FailsOnOneRank(Storage):
+    """Storage whose disk is full on one rank."""
+
+    failing_rank = -1
+
+    def write_chunks(self, name, chunks):
+        if dist.get_rank() == self.failing_rank:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{self.path}/{name}")
+        super().write_chunks(name, chunks)
+
+
+class Losing(Storage):
+    """Storage that takes rank 1's file and keeps nothing, as another node's own disk looks to rank 0."""
+
+    def write_chunks(self, name, chunks):
+        if dist.get_rank() == 0:
+            super().write_chunks(name, chunks)
+
+
+def outcome_of(action):
+    try:
+        return action()
+    except CheckpointError as error:
+        return type(error), str(error)
+
+
+def rank_state(rank):
+    return {"position": rank, "seen": torch.full((2,), float(rank))}
+
+
+def commit(manager, step, mine):
+    return manager.commit({"progress": {"step": step}}, mine, CheckpointMeta(epoch=0, step=step))
+
+
+def act(directory, rank):
+    """What both ranks do, in the same order; returns what each saw."""
+    seen = {}
+    manager = CheckpointManager(directory, keep_last_n=2, keep_best_k=0)
+    seen["first"] = commit(manager, 1, rank_state(rank)).name
+    loaded = manager.restore("auto")
+    seen["restored"] = (loaded.state["progress"]["step"], loaded.rank_state["position"])
+
+    for failing_rank in (0, 1):
+        storage = FailsOnOneRank.open(directory)
+        storage.failing_rank = failing_rank
+        seen[f"rank {failing_rank} full"] = outcome_of(
+            lambda storage=storage: commit(CheckpointManager(storage), 2, rank_state(rank))
+        )
+    refused = {"hook": print} if rank == 1 else {}
+    seen["refused"] = outcome_of(lambda: commit(manager, 2, refused))
+    losing = CheckpointManager(Losing.open(directory))
+    seen["lost"] = outcome_of(lambda: commit(losing, 2, rank_state(rank)))
+    seen["listed after failures"] = [record.name for record in list_checkpoints(directory)]
+    dist.barrier()
+
+    manager.save(nn.parallel.DistributedDataParallel(nn.Linear(2, 1)), None, None, 0, {"val_loss": 1.0}, 2)
+    seen["ddp"] = list(manager.load()["model_state_dict"])
+    commit(manager, 3, {} if rank == 0 else rank_state(rank))
+    seen["records"] = [record.step for record in manager.records()]
+    dist.barrier()
+    if rank == 0:
+        path = Path(directory) / "checkpoint_epoch0000_step00000003" / "rank00001.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    dist.barrier()
+    fresh = CheckpointManager(directory)
+    seen["explicit"] = outcome_of(lambda: fresh.restore("checkpoint_epoch0000_step00000003"))
+    loaded = fresh.restore("auto")
+    seen["fallback"] = (loaded.manifest.step, [tuple(rejection) for rejection in loaded.rejected])
+    commit(fresh, 4, rank_state(rank))
+    return seen
+
+
+def process(rank, directory, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    try:
+        results.put((rank, act(f"{directory}/run", rank)))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The directory of the run, and what each rank saw."""
+    directory = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=process, args=(rank, str(directory), results)) for rank in range(2)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(timeout=60)
+    assert [each.exitcode for each in processes] == [0, 0]
+    seen = dict(results.get() for _ in processes)
+    return directory / "run", [seen[0], seen[1]]
+
+
+def test_both_ranks_commit_the_same_and_get_their_own_state_back(both):
+    _, seen = both
+
+    assert seen[0]["first"] == seen[1]["first"] == "checkpoint_epoch0000_step00000001"
+    assert [each["restored"] for each in seen] == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_all_ranks_raise_the_same_error_when_one_cannot_write(both, failing_rank):
+    _, seen = both
+
+    kind, message = seen[0][f"rank {failing_rank} full"]
+
+    assert (kind, message) == seen[1][f"rank {failing_rank} full"]
+    assert kind is CheckpointError
+    assert message.startswith(f"rank {failing_rank}: [Errno 28] No space left on device")
+
+
+def test_all_ranks_raise_when_one_has_what_cannot_be_stored(both):
+    _, seen = both
+
+    assert seen[0]["refused"] == seen[1]["refused"]
+    assert "rank 1: rank00001.hook: builtin_function" in seen[0]["refused"][1]
+
+
+def test_storage_that_is_not_shared_is_found_before_the_commit(both):
+    _, seen = both
+
+    assert seen[0]["lost"] == seen[1]["lost"]
+    assert "rank00001.json is missing" in seen[0]["lost"][1]
+    assert "same storage on every node" in seen[0]["lost"][1]
+
+
+def test_nothing_of_a_failed_commit_is_left(both):
+    _, seen = both
+
+    assert seen[0]["listed after failures"] == ["checkpoint_epoch0000_step00000001"]
+
+
+def test_wrapped_model_carries_no_prefix(both):
+    _, seen = both
+
+    assert seen[0]["ddp"] == ["weight", "bias"]
+
+
+def test_both_ranks_know_the_same_list_after_retention(both):
+    _, seen = both
+
+    assert seen[0]["records"] == seen[1]["records"] == [2, 3]
+
+
+def test_file_of_another_rank_that_broke_makes_all_ranks_fall_back(both):
+    _, seen = both
+
+    assert seen[0]["explicit"][0] is seen[1]["explicit"][0] is CheckpointCorruptError
+    assert seen[0]["fallback"] == seen[1]["fallback"]
+    step, ((name, reason),) = seen[0]["fallback"]
+    assert (step, name) == (2, "checkpoint_epoch0000_step00000003")
+    assert reason.startswith("rank00001.safetensors has")
+
+
+def test_smaller_world_restores_what_a_larger_one_saved(both):
+    run, _ = both
+
+    loaded = CheckpointManager(run).restore()
+
+    assert verify(run, loaded.record.name) == []
+    assert loaded.manifest.world_size == 2
+    assert loaded.rank_state["position"] == 0
