@@ -74,9 +74,7 @@ def _never_validates(config: "TrainingConfig") -> str | None:
 def _phases_overlap(config: "TrainingConfig") -> str | None:
     warmup = config.warmup_ratio if config.warmup_steps is None else 0.0
     if config.lr_scheduler_type == "wsd" and warmup + config.decay_ratio > 1:
-        return (
-            f"and warmup_ratio = {warmup} are together more than the whole run; their sum must be at most 1"
-        )
+        return f"and warmup_ratio = {warmup} are together more than the whole run; their sum must be at most 1"
     return None
 
 
@@ -252,8 +250,7 @@ def compare_configs(
         "changed": setting -> (old, new); "added" and "removed": setting -> value, of those that only one has.
     """
     before, after = (
-        {name: value for name, value in _as_dict(config).items() if name not in _LABELS}
-        for config in (old, new)
+        {name: value for name, value in _as_dict(config).items() if name not in _LABELS} for config in (old, new)
     )
     both = [name for name in before if name in after]
     return {

@@ -150,7 +150,7 @@ class TrainingLoop:
                 result = self._evaluate(micro_batch)
                 weight_zero = step_batch.num_samples == 0
                 self._accumulator.backward(result.loss.sum * 0.0 if weight_zero else result.loss.sum)
-            results.append(result.without_weight() if weight_zero else result)
+            results.append(_weightless(result) if weight_zero else result)
         self.batch_losses = [result.loss for result in results]
         return results
 
@@ -196,6 +196,12 @@ class TrainingLoop:
     def restart_clock(self) -> None:
         """Training starts now: set-up does not count as time of the first step."""
         self._clock = time.monotonic()
+
+
+def _weightless(result: BatchResult) -> BatchResult:
+    """The result of a stand-in batch, which counts for nothing."""
+    loss = LossResult(result.loss.sum * 0.0, 0)
+    return BatchResult(loss, tuple((metric * 0, 0) for metric, _ in result.metrics))
 
 
 def _row(results: list[BatchResult]) -> tuple[torch.Tensor | int, ...]:

@@ -48,9 +48,7 @@ def build_scaler(config: TrainingConfig, device: torch.device) -> GradScaler | N
     return GradScaler(device.type) if config.autocast_dtype == "float16" else None
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int | None
-) -> LambdaLR:
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int | None) -> LambdaLR:
     """The configured schedule over ``total_steps`` updates.
 
     Raises:

@@ -10,9 +10,11 @@ from ray_trainer import distributed
 from ray_trainer.config import TrainingConfig
 from ray_trainer.hooks import StepRecord
 from ray_trainer.journal import Journal
+from ray_trainer.metrics import ProgressRecord
 from ray_trainer.metrics.sums import MetricSums
 from ray_trainer.metrics.tracker import MetricsTracker
 from ray_trainer.runtime import Runtime
+from ray_trainer.setup import Setup
 from ray_trainer.state import Progress
 from ray_trainer.task import Task
 from ray_trainer.triggers import EarlyStopping
@@ -63,18 +65,18 @@ class Recorder:
     def __init__(
         self,
         config: TrainingConfig,
-        monitor: str,
+        setup: Setup,
         task: Task,
         books: Books,
         progress: Progress,
         runtime: Runtime,
     ) -> None:
         self.progress = progress
-        self.total_steps: int | None = None
-        self._monitor = monitor
+        self._total_steps = setup.limits.total_steps
+        self._monitor = setup.monitor
         self._names = ("loss", *task.metric_names)
         self._has_perplexity = task.has_perplexity
-        self._epochs = config.epochs
+        self._epochs = setup.limits.epochs
         self._log_every_n_steps = config.log_every_n_steps
         self._books = books
         self._runtime = runtime
@@ -178,19 +180,19 @@ class Recorder:
         return means
 
     def _progress_record(self) -> dict[str, Any]:
-        progress = self.progress
-        left = None if self.total_steps is None else max(0, self.total_steps - progress.step)
-        return {
-            "epoch": progress.epoch,
-            "epochs": self._epochs,
-            "step": progress.step,
-            "total_steps": self.total_steps,
-            "loss": self._pace.loss,
-            "val_metrics": self._val.values,
-            "samples_per_s": self._pace.samples_per_s,
-            "remaining_s": None if left is None or not self._pace.seconds_a_step else left * self._pace.seconds_a_step,
-            "num_workers": distributed.world_size(),
-        }
+        progress, pace = self.progress, self._pace
+        left = None if self._total_steps is None else max(0, self._total_steps - progress.step)
+        return ProgressRecord(
+            epoch=progress.epoch,
+            epochs=self._epochs,
+            step=progress.step,
+            total_steps=self._total_steps,
+            loss=pace.loss,
+            val_metrics=self._val.values,
+            samples_per_s=pace.samples_per_s,
+            remaining_s=None if left is None or pace.seconds_a_step is None else left * pace.seconds_a_step,
+            num_workers=distributed.world_size(),
+        ).to_dict()
 
 
 class Pace:
@@ -216,7 +218,10 @@ class Pace:
         """Samples a second over all ranks, and seconds a step that rank 0 waited for data; a new interval starts."""
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
-        rates = {"samples_per_s": self._samples / seconds, "data_wait_s": self._data_wait_s / max(1, self._steps)}
+        rates = {
+            "samples_per_s": self._samples / seconds,
+            "data_wait_s": self._data_wait_s / max(1, self._steps),
+        }
         self.samples_per_s, self.seconds_a_step = rates["samples_per_s"], seconds / max(1, self._steps)
         self._since, self._steps, self._samples, self._data_wait_s = now, 0, 0, 0.0
         return rates

@@ -138,9 +138,7 @@ class Section:
     @classmethod
     def _build(cls, values: Mapping[Any, Any], write: Notation) -> tuple[Self, list[Problem]]:
         fields = _fields(cls)
-        problems = [
-            Problem(str(name), None, cls.hint(str(name)), "name") for name in values if name not in fields
-        ]
+        problems = [Problem(str(name), None, cls.hint(str(name)), "name") for name in values if name not in fields]
         known = {name: values[name] for name in fields if name in values}
         for name, part in _parts(cls).items():
             if isinstance(known.get(name), Mapping):
@@ -148,9 +146,7 @@ class Section:
                 problems += (problem.within(name) for problem in inner)
         for name in [name for name, field in fields.items() if field.is_required and name not in known]:
             known[name] = None
-            problems.append(
-                Problem(name, None, f"is missing; it must be {fields[name].allowed(write)}", "name")
-            )
+            problems.append(Problem(name, None, f"is missing; it must be {fields[name].allowed(write)}", "name"))
         return cls(**known), problems
 
     def _broken_rules(self, wrong: set[str], write: Notation) -> list[Problem]:

@@ -195,7 +195,9 @@ def refuse_changes(saved: Manifest | None, config: TrainingConfig, fingerprint: 
         for name, old in saved.config.items()
         if name in now and _plain(old) != _plain(now[name]) and name not in _WITHOUT_EFFECT
     }
-    problems = [f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in _OF_THE_ORDER if name in changed]
+    problems = [
+        f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in _OF_THE_ORDER if name in changed
+    ]
     if saved.data_fingerprint and saved.data_fingerprint != fingerprint:
         problems.append("the training data is not the data that the run was started with")
     if problems:
@@ -207,7 +209,11 @@ def refuse_changes(saved: Manifest | None, config: TrainingConfig, fingerprint: 
         logger.warning("%s was %r when the checkpoint was written and is %r now.", name, old, new)
     threads = torch.get_num_threads()
     if saved.num_threads != threads:
-        logger.warning("The checkpoint was computed with %d threads, this is %d: bits may differ.", saved.num_threads, threads)
+        logger.warning(
+            "The checkpoint was computed with %d threads, this is %d: bits may differ.",
+            saved.num_threads,
+            threads,
+        )
 
 
 def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources: Sources) -> None:

@@ -39,31 +39,22 @@ _NAMES = {
     "compile_fullgraph": "fullgraph torch_compile_fullgraph",
     "compile_dynamic": "dynamic torch_compile_dynamic",
     "random_seed": "seed manual_seed seed_everything rng_seed",
-    "deterministic": (
-        "full_determinism use_deterministic_algorithms deterministic_mode deterministic_algorithms"
-    ),
+    "deterministic": ("full_determinism use_deterministic_algorithms deterministic_mode deterministic_algorithms"),
     "shuffle": "shuffle_train shuffle_data",
     "drop_last": "dataloader_drop_last drop_last_batch",
     "num_loader_workers": "dataloader_num_workers num_data_workers loader_workers num_dataloader_workers",
     "validation_split": "val_split valid_split val_ratio validation_ratio val_fraction test_size",
     "limit_train_batches": "train_subset_num_batches max_train_batches steps_per_epoch",
-    "limit_val_batches": (
-        "limit_eval_batches eval_subset_num_batches eval_iters validation_steps limit_test_batches"
-    ),
+    "limit_val_batches": ("limit_eval_batches eval_subset_num_batches eval_iters validation_steps limit_test_batches"),
     "fast_dev_run": "dry_run smoke_test debug",
-    "validate_every_n_epochs": (
-        "check_val_every_n_epoch eval_every_n_epochs validation_freq val_every_n_epochs"
-    ),
-    "validate_every_n_steps": (
-        "eval_steps val_check_interval eval_interval eval_every eval_every_n_steps val_every"
-    ),
+    "validate_every_n_epochs": ("check_val_every_n_epoch eval_every_n_epochs validation_freq val_every_n_epochs"),
+    "validate_every_n_steps": ("eval_steps val_check_interval eval_interval eval_every eval_every_n_steps val_every"),
     "early_stopping_patience": "patience early_stopping es_patience",
     "early_stopping_min_delta": "min_delta early_stopping_threshold",
     "monitor": "metric_for_best_model metric monitor_metric best_metric",
     "mode": "greater_is_better monitor_mode metric_mode",
     "checkpoint_dir": (
-        "output_dir default_root_dir save_folder save_dir ckpt_dir out_dir checkpoint_path dirpath "
-        "checkpoint_folder"
+        "output_dir default_root_dir save_folder save_dir ckpt_dir out_dir checkpoint_path dirpath checkpoint_folder"
     ),
     "save_every_n_epochs": "every_n_epochs checkpoint_every_n_epochs save_freq",
     "save_every_n_steps": (
@@ -85,8 +76,7 @@ _NAMES = {
 
 _IN_THE_CLUSTER = "devices num_nodes world_size num_gpus gpus use_gpu strategy accelerator num_processes"
 _IN_THE_MODEL = (
-    "vocab_size max_seq_len d_model num_layers num_heads d_ff dropout hidden_size model_type model_name "
-    "n_layer n_head"
+    "vocab_size max_seq_len d_model num_layers num_heads d_ff dropout hidden_size model_type model_name n_layer n_head"
 )
 _FROM_WHERE = "resume_from resume_from_checkpoint"
 

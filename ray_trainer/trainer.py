@@ -187,7 +187,7 @@ class Trainer:
         self.gradient_accumulator.scheduler = self.scheduler
         self.checkpoint_manager.policy = replace(self.checkpoint_manager.policy, monitor=setup.monitor)
         books = self._open_books()
-        recorder = Recorder(self.training_config, setup.monitor, self.task, books, self.progress, self.runtime)
+        recorder = Recorder(self.training_config, setup, self.task, books, self.progress, self.runtime)
         state = self._train_state(books, recorder, setup.sources.train)
         if saved is not None:
             state.load_state_dict(saved.state)
@@ -208,9 +208,7 @@ class Trainer:
             sums=MetricSums(2 + 2 * len(self.task.metric_names)),
             tracker=self.metrics_tracker,
             journal=Journal(self.runtime, config),
-            early_stopping=EarlyStopping(
-                config.early_stopping_patience, config.early_stopping_min_delta, config.mode
-            ),
+            early_stopping=EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta, config.mode),
         )
 
     def _train_state(self, books: Books, recorder: Recorder, source: BatchSource) -> TrainState:
@@ -245,9 +243,7 @@ class Trainer:
         audience = Audience(self.runtime, journal, self._hooks)
         return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience)
 
-    def _build_run(
-        self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver
-    ) -> Run:
+    def _build_run(self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver) -> Run:
         loop = TrainingLoop(
             forward,
             self.task,

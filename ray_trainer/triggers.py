@@ -78,9 +78,7 @@ class EveryMinutes(_Combinable):
         return moment.idle_s >= self.minutes * 60
 
 
-def any_of(
-    *, steps: int | None = None, epochs: int | None = None, minutes: float | None = None
-) -> AnyOf:
+def any_of(*, steps: int | None = None, epochs: int | None = None, minutes: float | None = None) -> AnyOf:
     """The triggers of those intervals that are set."""
     triggers: list[Trigger] = []
     if steps is not None:

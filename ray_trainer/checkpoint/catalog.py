@@ -133,6 +133,4 @@ def _record(run: Storage, name: str) -> CheckpointRecord | None:
     except NewerFormatError as error:
         logger.warning("%s is left alone: %s", checkpoint.uri, error)
         return None
-    return (
-        None if size_problems(checkpoint, manifest) else CheckpointRecord.of(name, checkpoint.uri, manifest)
-    )
+    return None if size_problems(checkpoint, manifest) else CheckpointRecord.of(name, checkpoint.uri, manifest)

@@ -72,9 +72,7 @@ def encode_plain(state: Any, path: StatePath) -> Json:
     encoded = encode(state, path)
     if encoded.tensors:
         name = next(name for names in encoded.tensors.values() for name in names)
-        raise CheckpointError(
-            f"{name}: a tensor or array can't stand here; use a number or a list of numbers."
-        )
+        raise CheckpointError(f"{name}: a tensor or array can't stand here; use a number or a list of numbers.")
     return encoded.tree
 
 
@@ -114,9 +112,7 @@ class _Encoder:
     def _mapping(self, mapping: Mapping[Any, Any], path: StatePath) -> Json:
         if type(mapping) is dict and all(type(key) is str and key[:1] != "$" for key in mapping):
             return {key: self.encode(value, (*path, key)) for key, value in mapping.items()}
-        pairs = [
-            [self._key(key, path), self.encode(value, (*path, str(key)))] for key, value in mapping.items()
-        ]
+        pairs = [[self._key(key, path), self.encode(value, (*path, str(key)))] for key, value in mapping.items()]
         if type(mapping) is Counter:
             return {"$counter": pairs}
         if type(mapping) is OrderedDict:

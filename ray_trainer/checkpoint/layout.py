@@ -13,6 +13,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,15 +105,14 @@ def size_problems(checkpoint: Storage, manifest: Manifest) -> list[str]:
 
 
 def content_problem(checkpoint: Storage, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file, read in blocks; None if it is whole."""
+    """What is wrong with a file; None if it is whole."""
     try:
-        digest, size = xxhash.xxh3_128(), 0
-        for block in checkpoint.blocks(name):
-            digest.update(block)
-            size += len(block)
-    except (FileNotFoundError, IsADirectoryError):
-        return f"{name} is missing"
-    return _size_problem(name, entry, size) or _checksum_problem(name, entry, digest.hexdigest())
+        with _checked(checkpoint, name, entry) as blocks:
+            for _ in blocks:
+                pass
+    except CheckpointCorruptError as error:
+        return str(error)
+    return None
 
 
 def read_state(checkpoint: Storage, manifest: Manifest) -> dict[str, Any]:
@@ -138,8 +138,7 @@ def read_model(checkpoint: Storage, manifest: Manifest) -> dict[str, torch.Tenso
     """The model's tensors alone, all names of shared ones included."""
     tensors = {}
     if "model.safetensors" in manifest.files:
-        data = _read_checked(checkpoint, manifest, "model.safetensors")
-        tensors["model"] = read_tensors(data, "model.safetensors")
+        tensors["model"] = _read_tensors(checkpoint, manifest, "model.safetensors")
     tree = _read_tree(checkpoint, manifest, _SHARED).get("model", {})
     model = decode(tree, tensors)
     return {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
@@ -191,7 +190,7 @@ def _tensor_image(stem: str, file: TensorFile) -> FileImage:
 def _read(checkpoint: Storage, manifest: Manifest, names: list[str], stem: str) -> dict[str, Any]:
     tree = _read_tree(checkpoint, manifest, stem)
     tensors = {
-        name.removesuffix(".safetensors"): read_tensors(_read_checked(checkpoint, manifest, name), name)
+        name.removesuffix(".safetensors"): _read_tensors(checkpoint, manifest, name)
         for name in names
         if name.endswith(".safetensors")
     }
@@ -201,28 +200,59 @@ def _read(checkpoint: Storage, manifest: Manifest, names: list[str], stem: str) 
     return state
 
 
+def _read_tensors(checkpoint: Storage, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+    entry = manifest.files[name]
+    with _checked(checkpoint, name, entry) as blocks:
+        return read_tensors(blocks, entry.size, name)
+
+
 def _read_tree(checkpoint: Storage, manifest: Manifest, stem: str) -> dict[str, Json]:
     name = f"{stem}.json"
+    if name not in manifest.files:
+        raise CheckpointCorruptError(f"{name} is missing")
+    with _checked(checkpoint, name, manifest.files[name]) as blocks:
+        text = b"".join(blocks)
     try:
-        tree = json.loads(_read_checked(checkpoint, manifest, name))
+        tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{name} is not JSON: {error}.") from error
+        raise CheckpointCorruptError(f"{name} is not JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise CheckpointCorruptError(f"{name} holds no state.")
+        raise CheckpointCorruptError(f"{name} holds no state")
     return tree
 
 
-def _read_checked(checkpoint: Storage, manifest: Manifest, name: str) -> bytes:
-    try:
-        entry = manifest.files[name]
-        data = checkpoint.read(name)
-    except (KeyError, FileNotFoundError, IsADirectoryError) as error:
-        raise CheckpointCorruptError(f"{name} is missing") from error
-    problem = _size_problem(name, entry, len(data))
-    problem = problem or _checksum_problem(name, entry, xxhash.xxh3_128_hexdigest(data))
-    if problem:
+@contextmanager
+def _checked(checkpoint: Storage, name: str, entry: FileEntry) -> Iterator[Iterator[bytes]]:
+    """The content of a file, read once: what was read is what was checked when the block ends.
+
+    Raises:
+        CheckpointCorruptError: the file is missing or altered; stands over errors of what read it.
+    """
+    digest = xxhash.xxh3_128()
+
+    def hashed() -> Iterator[bytes]:
+        for block in checkpoint.blocks(name):
+            digest.update(block)
+            yield block
+
+    if problem := _size_problem(name, entry, _size(checkpoint, name)):
         raise CheckpointCorruptError(problem)
-    return data
+    blocks = hashed()
+    try:
+        yield blocks
+    except CheckpointCorruptError as error:
+        _check_rest(name, entry, blocks, digest)
+        raise error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointCorruptError(f"{name} is missing") from error
+    _check_rest(name, entry, blocks, digest)
+
+
+def _check_rest(name: str, entry: FileEntry, blocks: Iterator[bytes], digest: xxhash.xxh3_128) -> None:
+    for _ in blocks:
+        pass
+    if digest.hexdigest() != entry.xxh3_128:
+        raise CheckpointCorruptError(f"{name} was altered: its checksum is not the manifest's")
 
 
 def _size(checkpoint: Storage, name: str) -> int | None:
@@ -236,7 +266,3 @@ def _size_problem(name: str, entry: FileEntry, size: int | None) -> str | None:
     if size is None:
         return f"{name} is missing"
     return None if size == entry.size else f"{name} has {size} bytes instead of {entry.size}"
-
-
-def _checksum_problem(name: str, entry: FileEntry, checksum: str) -> str | None:
-    return None if checksum == entry.xxh3_128 else f"{name} was altered: its checksum is not the manifest's"

@@ -65,9 +65,7 @@ class CheckpointManager:
         """The run's directory; a URI if it is not on this machine."""
         return self._place(self.storage)
 
-    def commit(
-        self, state: Mapping[str, Any], rank_state: Mapping[str, Any], meta: CheckpointMeta
-    ) -> CheckpointRecord:
+    def commit(self, state: Mapping[str, Any], rank_state: Mapping[str, Any], meta: CheckpointMeta) -> CheckpointRecord:
         """Write a checkpoint, whole or not at all, then delete those that need not be kept. Collective.
 
         Args:
@@ -104,7 +102,8 @@ class CheckpointManager:
             return None
         text = os.fspath(which)
         loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy))
-        self._rejected.update(rejection.name for rejection in rejected)
+        if loaded is None or loaded.record.uri == self.storage.child(loaded.record.name).uri:
+            self._rejected.update(rejection.name for rejection in rejected)
         self._records = None
         return loaded
 
@@ -115,9 +114,7 @@ class CheckpointManager:
         """
         if distributed.rank() > 0:
             return []
-        names = [
-            name for name in checkpoint_names(self.storage) if not self.storage.child(name).exists(MANIFEST)
-        ]
+        names = [name for name in checkpoint_names(self.storage) if not self.storage.child(name).exists(MANIFEST)]
         return [name for name in names if self._delete(name)]
 
     def records(self) -> list[CheckpointRecord]:

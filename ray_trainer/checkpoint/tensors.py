@@ -7,7 +7,7 @@ package because that one builds the whole file in memory, twice; what is written
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,35 +72,85 @@ class TensorFile:
             yield plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensors(data: bytes, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, each in memory of its own.
+def read_tensors(blocks: Iterable[bytes], size_bytes: int, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, each in memory of its own, filled as the bytes arrive.
 
     Args:
-        data: the whole file.
+        blocks: the content of the whole file.
+        size_bytes: of the whole file; nothing larger is ever allocated.
         name: of the file, for the error.
 
     Raises:
         CheckpointCorruptError: these are not the bytes of a safetensors file.
     """
+    stream = _Stream(blocks)
     try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        if not 8 < start <= min(len(data), _MAX_HEADER_BYTES):
-            raise ValueError("its header does not fit")
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        content = memoryview(data)[start:]
-        return {key: _tensor(entry, content) for key, entry in header.items()}
+        header = _read_header(stream, size_bytes)
+        tensors = {}
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensors[key] = _read_tensor(stream, entry)
+        stream.finish(size_bytes)
+        return {key: tensors[key] for key in header}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{name} is not a safetensors file: {error}.") from error
+        raise CheckpointCorruptError(f"{name} is not a safetensors file: {error}") from error
 
 
-def _tensor(entry: dict[str, Any], content: memoryview) -> torch.Tensor:
+class _Stream:
+    """Blocks of bytes, taken in other portions than they come in."""
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self._blocks = iter(blocks)
+        self._rest = memoryview(b"")
+        self.position = 0
+
+    def read_into(self, target: memoryview) -> None:
+        filled = 0
+        while filled < len(target):
+            if not self._rest:
+                block = next(self._blocks, b"")
+                if not block:
+                    raise ValueError("it ends early")
+                self._rest = memoryview(block)
+            part = self._rest[: len(target) - filled]
+            target[filled : filled + len(part)] = part
+            self._rest = self._rest[len(part) :]
+            filled += len(part)
+        self.position += filled
+
+    def read(self, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def finish(self, size: int) -> None:
+        """Take what is left, which has to be nothing."""
+        left = len(self._rest) + len(next(self._blocks, b""))
+        if left or self.position != size:
+            raise ValueError(f"{self.position} of its {size} bytes belong to tensors")
+
+
+def _read_header(stream: _Stream, size_bytes: int) -> dict[str, Any]:
+    length = int.from_bytes(stream.read(8), "little")
+    if not 0 < length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
+        raise ValueError("its header does not fit")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        begin, after = entry["data_offsets"]
+        if begin != end or after < begin:
+            raise ValueError(f"{entry} leaves a gap or an overlap")
+        end = after
+    if 8 + length + end != size_bytes:
+        raise ValueError(f"its tensors have {end} bytes")
+    return dict(header)
+
+
+def _read_tensor(stream: _Stream, entry: dict[str, Any]) -> torch.Tensor:
     dtype, shape = _DTYPE_OF[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end <= len(content) or any(length < 0 for length in shape):
-        raise ValueError(f"{entry} is out of bounds")
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    if any(length < 0 for length in shape) or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry} does not fill its bytes")
     values = torch.empty(end - begin, dtype=torch.uint8)
-    values.numpy().data[:] = content[begin:end]
+    stream.read_into(values.numpy().data)
     return values.view(dtype).reshape(shape)

@@ -17,9 +17,7 @@ from ray_trainer.storage import Storage
 Which = Literal["best", "newest"]
 
 
-def load_weights(
-    location: Storage | str | os.PathLike[str], which: Which = "best"
-) -> dict[str, torch.Tensor]:
+def load_weights(location: Storage | str | os.PathLike[str], which: Which = "best") -> dict[str, torch.Tensor]:
     """The model's tensors, under all their names, from files whose checksums were compared.
 
     Args:

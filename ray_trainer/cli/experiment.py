@@ -37,9 +37,7 @@ def load_experiment(reference: str, base_dir: str | Path) -> Experiment:
     experiment = getattr(module, name)
     if not isinstance(experiment, Experiment):
         kind = f"the class {name}" if isinstance(experiment, type) else f"a {type(experiment).__name__}"
-        raise ConfigError(
-            f"experiment: {name!r} of {_origin(module)} is {kind}, not an Experiment; {_EXAMPLE}"
-        )
+        raise ConfigError(f"experiment: {name!r} of {_origin(module)} is {kind}, not an Experiment; {_EXAMPLE}")
     return experiment
 
 
@@ -71,9 +69,7 @@ def _find(source: str, roots: list[Path]) -> Path:
     wanted = roots[0] / source
     there = sorted(file.name for file in wanted.parent.glob("*.py")) if wanted.parent.is_dir() else []
     looked = " or ".join(str(root) for root in dict.fromkeys(roots))
-    raise ConfigError(
-        f"experiment: there is no file {source!r} in {looked}{did_you_mean(wanted.name, there)}"
-    )
+    raise ConfigError(f"experiment: there is no file {source!r} in {looked}{did_you_mean(wanted.name, there)}")
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -129,9 +125,7 @@ def _import_failure(source: str, error: BaseException) -> ConfigError:
     advice = ""
     if isinstance(error, SystemExit):
         advice = "; put what runs as a program under if __name__ == '__main__':"
-    return ConfigError(
-        f"experiment: importing {source} failed with {type(error).__name__}: {message}{place}{advice}"
-    )
+    return ConfigError(f"experiment: importing {source} failed with {type(error).__name__}: {message}{place}{advice}")
 
 
 def _is_users(filename: str) -> bool:

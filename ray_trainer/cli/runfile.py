@@ -91,10 +91,7 @@ def _placed(problems: Iterable[Problem], document: Document, changes: Mapping[st
     placed: list[tuple[float, str]] = []
     for problem in problems:
         line = document.lines.get(problem.name)
-        if any(
-            _is_within(problem.name, name) or (not line and _is_within(name, problem.name))
-            for name in changes
-        ):
+        if any(_is_within(problem.name, name) or (not line and _is_within(name, problem.name)) for name in changes):
             placed.append((float("inf"), f"command line: {problem}"))
         else:
             placed.append((line or 0, f"line {line}: {problem}" if line else str(problem)))

@@ -19,9 +19,7 @@ RunName = Annotated[
 ]
 Address = Annotated[
     str,
-    described(
-        r"^(auto|(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5})$", "'auto' or the 'host:port' of a Ray cluster"
-    ),
+    described(r"^(auto|(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5})$", "'auto' or the 'host:port' of a Ray cluster"),
 ]
 
 _SYNONYMS = {

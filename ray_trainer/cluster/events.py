@@ -9,8 +9,8 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import UserCallback
 
-from ray_trainer.cluster.link import Link
-from ray_trainer.metrics.writers import EventLog
+from ray_trainer.errors import ConfigError, DataError, DivergenceError, RayTrainerError, StateMismatchError
+from ray_trainer.metrics import EventLog, next_attempt
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,14 @@ logger = logging.getLogger(__name__)
 _CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "connectFullMesh", "Broken pipe")
 
 
-class FailureRecorder(UserCallback):
-    """Runs in Ray's controller, where an exception would end the run; so it raises none."""
+#: What no restart can mend.
+FINAL_ERRORS = (ConfigError, DataError, DivergenceError, StateMismatchError)
 
-    def __init__(self, run_uri: str, link: "ActorHandle[Link] | None") -> None:
+
+class FailureRecorder(UserCallback):
+    """Runs in Ray's controller, where an exception ends the run: only one that no restart can mend is raised."""
+
+    def __init__(self, run_uri: str, link: ActorHandle | None) -> None:
         self._run_uri = run_uri
         self._link = link
 
@@ -30,11 +34,45 @@ class FailureRecorder(UserCallback):
         """Record the failure of workers. Ray decides what follows."""
         cause = describe_failures(worker_exceptions)
         try:
-            EventLog.of_controller(Storage.open(self._run_uri)).record("failure", cause=cause)
+            storage = Storage.open(self._run_uri)
+            EventLog(storage, next_attempt(storage) - 1, writer="controller").record("failure", cause=cause)
             if self._link is not None:
                 self._link.announce.remote({"event": "failure", "cause": cause})
         except (OSError, ray.exceptions.RayError) as error:
             logger.warning("The failure of a worker could not be recorded: %s", error)
+        for failure in worker_exceptions.values():
+            final = final_error(failure)
+            if final is not None:
+                raise final
+
+
+def tell(event: Mapping[str, Any]) -> str | None:
+    """An event of a run as a sentence for whoever watches it; None for what the progress shows anyway."""
+    match event:
+        case {"event": "failure", "cause": cause}:
+            return f"failure: {cause}"
+        case {"event": "workers_started", "num_workers": count, "attempt": attempt} if attempt > 1:
+            return f"{count} workers started again (attempt {attempt})"
+        case {"event": "resumed", "step": step, "from": checkpoint}:
+            return f"resumed at step {step} from {checkpoint}"
+        case {"event": "checkpoint_rejected", "checkpoint": checkpoint, "reason": reason}:
+            return f"{checkpoint} is broken and set aside: {reason}"
+        case {"event": "checkpoint_failed", "reason": reason}:
+            return f"a checkpoint could not be written: {reason}"
+        case {"event": "step_skipped", "step": step, "gradient_norm": norm}:
+            return f"step {step} was skipped: its gradient norm is {norm}"
+    return None
+
+
+def final_error(error: BaseException) -> RayTrainerError | None:
+    """The error that no restart can mend, if this is one, out of what Ray has put around it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, FINAL_ERRORS):
+            return seen
+        inner = getattr(seen, "cause", None) or getattr(seen, "controller_failure", None)
+        seen = inner if isinstance(inner, BaseException) else seen.__cause__
+    return None
 
 
 def describe_failures(failures: Mapping[int, BaseException]) -> str:
@@ -53,8 +91,8 @@ def explain_failure(error: BaseException, storage: Storage) -> str:
     else:
         cause = _line(error)
     return (
-        f"The run failed: {cause}. What was saved is in {storage.uri}; give the same command again to continue from the "
-        "newest checkpoint, with a larger cluster.max_failures if such failures are to be expected."
+        f"The run failed: {cause}. What was saved is in {storage.uri}; give the same command again to continue "
+        "from the newest checkpoint, with a larger cluster.max_failures if such failures are to be expected."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType, SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 import ray.data
@@ -17,13 +17,20 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.events import FailureRecorder, explain_failure
-from ray_trainer.cluster.link import Link, open_link
-from ray_trainer.cluster.session import ray_session, require_resources
+from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_error, tell
+from ray_trainer.cluster.link import open_link
+from ray_trainer.cluster.session import (
+    ray_session,
+    require_resources,
+    resources_per_worker,
+    torch_threads,
+    worker_bounds,
+)
 from ray_trainer.cluster.shards import index_ray_dataset
 from ray_trainer.cluster.worker import Job, Outcome, train_worker, users_code
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import ConfigError, DataError, RunError
+from ray_trainer.errors import ConfigError, RunError
+from ray_trainer.metrics import ProgressRecord
 from ray_trainer.runtime import Stop, raise_interruption
 from ray_trainer.storage import Storage
 from ray_trainer.task import Experiment
@@ -36,20 +43,20 @@ POLL_INTERVAL_S = 0.25
 class Display(Protocol):
     """Something that shows a run while it lasts."""
 
-    def update(self, progress: Mapping[str, Any]) -> None:
+    def update(self, record: ProgressRecord) -> None:
         """The newest progress."""
 
-    def message(self, event: Mapping[str, Any]) -> None:
+    def message(self, text: str) -> None:
         """Something happened."""
 
 
 class NoDisplay:
     """Shows nothing."""
 
-    def update(self, progress: Mapping[str, Any]) -> None:
+    def update(self, record: ProgressRecord) -> None:
         """See `Display`."""
 
-    def message(self, event: Mapping[str, Any]) -> None:
+    def message(self, text: str) -> None:
         """See `Display`."""
 
 
@@ -148,9 +155,7 @@ def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig) -
     return replace(training, global_batch_size=total, gradient_accumulation_steps=1)
 
 
-def _build_datasets(
-    experiment: Experiment, model_values: dict[str, Any], training: TrainingConfig
-) -> dict[str, Any]:
+def _build_datasets(experiment: Experiment, model_values: dict[str, Any], training: TrainingConfig) -> dict[str, Any]:
     with users_code("build_datasets"):
         datasets = dict(experiment.build_datasets(SimpleNamespace(**model_values), training))
     unknown = sorted(datasets.keys() - {"train", "val"})
@@ -176,7 +181,8 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
         train_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo", timeout_s=int(cluster.collective_timeout_s)
+            backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo",
+            timeout_s=int(cluster.collective_timeout_s),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
@@ -188,12 +194,13 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             name=cluster.name,
             storage_path=Storage.open(cluster.storage_path).uri,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
             callbacks=[FailureRecorder(storage.uri, job.link)],
         ),
     )
 
 
-def _run(trainer: TorchTrainer, link: "ActorHandle[Link]", display: Display, storage: Storage) -> Outcome:
+def _run(trainer: TorchTrainer, link: ActorHandle, display: Display, storage: Storage) -> Outcome:
     """Let Ray's controller work in a thread; this one shows progress and listens to signals."""
     box: list[Outcome | BaseException] = []
 
@@ -208,17 +215,25 @@ def _run(trainer: TorchTrainer, link: "ActorHandle[Link]", display: Display, sto
         thread.start()
         while thread.is_alive():
             thread.join(timeout=POLL_INTERVAL_S)
-            progress, events = ray.get(link.take.remote(int(wish())))
-            for event in events:
-                display.message(event)
-            if progress:
-                display.update(progress)
+            _show(link, int(wish()), display)
+        _show(link, 0, display)
     ended = box[0]
     if isinstance(ended, ray.train.TrainingFailedError):
+        final = final_error(ended)
+        if final is not None:
+            return Outcome(results=None, error=final, stop=Stop.NONE)
         raise RunError(explain_failure(ended, storage)) from ended
     if isinstance(ended, BaseException):
         raise ended
     return ended
+
+
+def _show(link: ActorHandle, wish: int, display: Display) -> None:
+    progress, events = cast(tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(wish)))
+    for text in filter(None, map(tell, events)):
+        display.message(text)
+    if progress:
+        display.update(ProgressRecord.from_dict(progress))
 
 
 @contextmanager
@@ -236,9 +251,8 @@ def _signals() -> Iterator[Callable[[], Stop]]:
         received = Stop.SIGINT if number == signal.SIGINT else Stop.SIGTERM
         logger.warning("Stopping after the step in progress. Once more to end at once.")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: received

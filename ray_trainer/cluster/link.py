@@ -12,43 +12,42 @@ from ray_trainer.runtime import Stop
 EXCHANGE_INTERVAL_S = 0.5
 
 
-class Link:
-    """Holds the newest progress, events not yet shown, and the driver's wish. An actor of the driver's.
+def open_link() -> ActorHandle:
+    """Start a link that lives as long as this driver.
 
-    It dies with the driver, and nothing that training needs goes through it.
+    It holds the newest progress, events not yet shown, and the driver's wish. Nothing that training needs goes
+    through it.
     """
 
-    def __init__(self) -> None:
-        self._progress: dict[str, Any] = {}
-        self._events: list[dict[str, Any]] = []
-        self._stop = int(Stop.NONE)
+    class Link:  # in here it travels by value: its process starts without importing this package and torch
+        def __init__(self) -> None:
+            self._progress: dict[str, Any] = {}
+            self._events: list[dict[str, Any]] = []
+            self._stop = 0
 
-    def exchange(self, progress: dict[str, Any], events: list[dict[str, Any]]) -> int:
-        """Rank 0 tells what is new, and learns of a wish to stop."""
-        self._progress = progress
-        self._events += events
-        return self._stop
+        def exchange(self, progress: dict[str, Any], events: list[dict[str, Any]]) -> int:
+            """Rank 0 tells what is new, and learns of a wish to stop."""
+            self._progress = progress
+            self._events += events
+            return self._stop
 
-    def announce(self, event: dict[str, Any]) -> None:
-        """Ray's controller tells what it saw."""
-        self._events.append(event)
+        def announce(self, event: dict[str, Any]) -> None:
+            """Ray's controller tells what it saw."""
+            self._events.append(event)
 
-    def take(self, stop: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The driver says what it wants, and learns the newest progress and the events since last time."""
-        self._stop = max(self._stop, stop)
-        events, self._events = self._events, []
-        return self._progress, events
+        def take(self, stop: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            """The driver says what it wants, and learns the newest progress and the events since last time."""
+            self._stop = max(self._stop, stop)
+            events, self._events = self._events, []
+            return self._progress, events
 
-
-def open_link() -> "ActorHandle[Link]":
-    """Start a link that lives as long as this driver."""
     return ray.remote(num_cpus=0)(Link).remote()
 
 
 class WorkerLink:
     """Rank 0's end: a thread exchanges in the background, so that a step never waits for the network."""
 
-    def __init__(self, link: "ActorHandle[Link] | None") -> None:
+    def __init__(self, link: ActorHandle | None) -> None:
         self._link = link
         self._lock = threading.Lock()
         self._progress: Mapping[str, Any] = {}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 import ray.train.torch
@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.train import CheckpointUploadMode
 
 from ray_trainer import distributed
-from ray_trainer.cluster.link import Link, WorkerLink
+from ray_trainer.cluster.link import WorkerLink
 from ray_trainer.runtime import Stop
 from ray_trainer.storage import Storage
 
@@ -20,7 +20,7 @@ from ray_trainer.storage import Storage
 class RayRuntime:
     """Inside a worker of a `TorchTrainer`."""
 
-    def __init__(self, link: "ActorHandle[Link] | None", description: Mapping[str, Any]) -> None:
+    def __init__(self, link: ActorHandle | None, description: Mapping[str, Any]) -> None:
         """Take what the driver sent along.
 
         Args:
@@ -36,7 +36,7 @@ class RayRuntime:
     @property
     def device(self) -> torch.device:
         """See `Runtime`."""
-        return ray.train.torch.get_device()
+        return cast(torch.device, ray.train.torch.get_device())
 
     @property
     def storage(self) -> Storage:

@@ -18,6 +18,7 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a failure is seen, and a report taken, after this time
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the directory that relative paths of the user mean
 }
+LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody gives this machine notice
 
 
 @contextmanager
@@ -27,9 +28,9 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     Raises:
         ConfigError: there is no cluster at the address, or it does not let this process in.
     """
-    before = {name: os.environ.get(name) for name in TRAIN_SETTINGS}
-    for name, value in TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    settings = TRAIN_SETTINGS | (LOCAL_SETTINGS if cluster.address is None else {})
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
     started = not ray.is_initialized()
     try:
         if started:
@@ -39,19 +40,17 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
+        for name in added:
+            del os.environ[name]
 
 
 def _start(cluster: ClusterConfig) -> None:
-    quiet = {"logging_level": logging.WARNING, "configure_logging": True}
     if cluster.address is None:
         # never the Ray that happens to be found on this machine: it may be anybody's
-        ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
         return
     try:
-        ray.init(address=cluster.address, **quiet)
+        ray.init(address=cluster.address, logging_level=logging.ERROR)
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(
             f"cluster.address = {cluster.address!r}: the cluster asks for a token. Set RAY_AUTH_MODE=token, and "
@@ -99,9 +98,7 @@ def missing_resources(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> 
     least, _ = worker_bounds(cluster)
     if room >= least:
         return None
-    there = ", ".join(
-        f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in sorted(needed)
-    )
+    there = ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in sorted(needed))
     return (
         f"the run needs {resource_plan(cluster)}, but {len(nodes)} node(s) with {there} in all hold only {room}. "
         f"Set cluster.num_workers={max(room, 1)}, ask for less in cluster.resources_per_worker, or use a larger cluster"

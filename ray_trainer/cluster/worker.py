@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 import torch
 from ray.actor import ActorHandle
 
 from ray_trainer import distributed
-from ray_trainer.cluster.link import Link
+from ray_trainer.cluster.events import FINAL_ERRORS
 from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import ConfigError, DataError, DivergenceError, RayTrainerError, StateMismatchError
+from ray_trainer.errors import ConfigError, RayTrainerError
 from ray_trainer.runtime import Stop
 from ray_trainer.seeding import set_random_seed
 from ray_trainer.task import Experiment
 from ray_trainer.trainer import Trainer
-
-#: What no restart can mend: the same on every rank and every time.
-FINAL_ERRORS = (ConfigError, DataError, DivergenceError, StateMismatchError)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Job:
     datasets: dict[str, Any]
     description: dict[str, Any]
     torch_threads: int
-    link: "ActorHandle[Link] | None"
+    link: ActorHandle | None
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,17 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     runtime = RayRuntime(job.link, job.description)
     try:
         trainer = _build_trainer(job, runtime)
-        results = trainer.train(job.datasets["train"], job.datasets.get("val"), resume_from="auto")
+        train, val = (_open(job.datasets.get(name)) for name in ("train", "val"))
+        results = trainer.train(train, val, resume_from="auto")
     except FINAL_ERRORS as error:
         if _is_known_to_all(error):
             return Outcome(results=None, error=error, stop=Stop.NONE)
         raise
     return Outcome(results=results, error=None, stop=runtime.stopped)
+
+
+def _open(data: Any) -> Any:
+    return ray.get(data) if isinstance(data, ray.ObjectRef) else data
 
 
 def _build_trainer(job: Job, runtime: RayRuntime) -> Trainer:

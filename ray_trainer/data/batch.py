@@ -67,9 +67,7 @@ class BatchPlan:
             if given[name] < least
         ]
         if not errors and not 0 <= self.rank < self.world_size:
-            errors = [
-                f"rank is {self.rank}; it must be in 0..{self.world_size - 1}, one of world_size ranks."
-            ]
+            errors = [f"rank is {self.rank}; it must be in 0..{self.world_size - 1}, one of world_size ranks."]
         if errors:
             raise ConfigError("\n".join(errors))
 

@@ -54,9 +54,7 @@ class CollatorRegistry:
         self._collators: dict[str, CollatorInfo] = {}
         self.register("default", "tabular", "Stacks tensors and numbers of equal shape.")(_default_factory)
         self.register("vision", "vision", "Stacks images as pixel_values, with labels.")(_vision_factory)
-        self.register("text", "text", "Pads token ids, masks the padding, ignores it in labels.")(
-            _text_factory
-        )
+        self.register("text", "text", "Pads token ids, masks the padding, ignores it in labels.")(_text_factory)
         self._built_in = frozenset(self._collators)
 
     @classmethod
@@ -71,9 +69,7 @@ class CollatorRegistry:
         """Forget what was registered in the shared registry."""
         cls._shared = None
 
-    def register(
-        self, name: str, modality: str, description: str = ""
-    ) -> Callable[[CollatorFactory], CollatorFactory]:
+    def register(self, name: str, modality: str, description: str = "") -> Callable[[CollatorFactory], CollatorFactory]:
         """Decorator for a factory; replaces an entry of the same name, and is preferred for its modality."""
 
         def add(factory: CollatorFactory) -> CollatorFactory:
@@ -119,9 +115,7 @@ class CollatorRegistry:
 
     def _named(self, name: str) -> CollatorInfo:
         if name not in self._collators:
-            raise ValueError(
-                f"There is no collator {name!r}. There are: {', '.join(sorted(self._collators))}."
-            )
+            raise ValueError(f"There is no collator {name!r}. There are: {', '.join(sorted(self._collators))}.")
         return self._collators[name]
 
 
@@ -160,9 +154,7 @@ class TextCollator:
         raw = self._named(sample)
         numbers = {name: value for name, value in raw.items() if _is_numeric(value)}
         fields = {
-            name: torch.as_tensor(value)[..., : self._max_length]
-            if _is_long(value)
-            else torch.as_tensor(value)
+            name: torch.as_tensor(value)[..., : self._max_length] if _is_long(value) else torch.as_tensor(value)
             for name, value in numbers.items()
         }
         ids = fields["input_ids"] = fields["input_ids"].long()
@@ -187,9 +179,7 @@ class TextCollator:
         if isinstance(sample, (Tensor, Sequence)):
             return {"input_ids": sample}
         found = f"the keys {list(sample)}" if isinstance(sample, Mapping) else f"type {type(sample).__name__}"
-        raise DataError(
-            f"A sample has {found}. The text collator needs text, token ids, or a dict with input_ids."
-        )
+        raise DataError(f"A sample has {found}. The text collator needs text, token ids, or a dict with input_ids.")
 
     def _tokenized(self, text: str) -> dict[str, Any]:
         encoded = self._tokenizer(text)
@@ -204,9 +194,7 @@ class TextCollator:
 
 def _text_factory(tokenizer: Any = None, max_length: int | None = None, **_: Any) -> Collate:
     if tokenizer is None:
-        raise ValueError(
-            "tokenizer required for text collator: pass tokenizer=, or a collate_fn of your own."
-        )
+        raise ValueError("tokenizer required for text collator: pass tokenizer=, or a collate_fn of your own.")
     return TextCollator(tokenizer, max_length)
 
 

@@ -53,9 +53,7 @@ class DataLoaderConfig:
             if getattr(self, name) < low
         ]
         if self.persistent_workers and self.num_workers == 0:
-            errors.append(
-                "persistent_workers is True, but num_workers is 0. Set num_workers, or leave it out."
-            )
+            errors.append("persistent_workers is True, but num_workers is 0. Set num_workers, or leave it out.")
         if errors:
             raise ConfigError("\n".join(errors))
 
@@ -106,9 +104,7 @@ class DataLoaderFactory:
             worker_init_fn=seed_worker,
             generator=create_seeded_generator(config.seed),
             prefetch_factor=config.prefetch_factor if has_workers else None,
-            persistent_workers=has_workers
-            if config.persistent_workers is None
-            else config.persistent_workers,
+            persistent_workers=has_workers if config.persistent_workers is None else config.persistent_workers,
         )
 
 

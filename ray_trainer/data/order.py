@@ -19,7 +19,7 @@ from ray_trainer.errors import DataError
 from ray_trainer.seeding import derive_seed
 
 Indices = npt.NDArray[np.int64]
-_Words = npt.NDArray[np.uint64]
+Words = npt.NDArray[np.uint64]
 
 # Every constant here decides the order: changing one changes what every run sees.
 _SORTED_UP_TO = 1 << 20
@@ -102,9 +102,7 @@ class _Blocks:
         self._window_blocks = window_blocks
         self._newest: tuple[int, Indices, Indices] | None = None
         if self._sizes.sum() != num_samples or (self._sizes < 0).any():
-            raise DataError(
-                f"The blocks hold {self._sizes.sum()} rows, but the dataset has {num_samples} samples."
-            )
+            raise DataError(f"The blocks hold {self._sizes.sum()} rows, but the dataset has {num_samples} samples.")
         if window_blocks < 1:
             raise DataError(f"window_blocks is {window_blocks}; at least 1 block is shuffled at a time.")
 
@@ -115,9 +113,7 @@ class _Blocks:
         while start < stop:
             begin, end = int(ends[window - 1]) if window else 0, int(ends[window])
             members = blocks[window * self._window_blocks : (window + 1) * self._window_blocks]
-            rows = permuted(
-                end - begin, derive_seed(key, _ROWS, window), start - begin, min(stop, end) - begin
-            )
+            rows = permuted(end - begin, derive_seed(key, _ROWS, window), start - begin, min(stop, end) - begin)
             parts.append(self._global_index(members, rows))
             start, window = end, window + 1
         return np.concatenate(parts)
@@ -145,13 +141,13 @@ def _sorted_permutation(size: int, key: int) -> Indices:
     """Sort random keys that carry their index in the low bits; at most 2**20 indices leave 44 random bits."""
     index_bits = np.uint64(max(size - 1, 1).bit_length())
     index = np.arange(size, dtype=np.uint64)
-    keys = _mix(index, key) >> index_bits << index_bits | index
+    keys = splitmix(index, key) >> index_bits << index_bits | index
     keys.sort()
     keys &= (np.uint64(1) << index_bits) - np.uint64(1)
     return keys.view(np.int64)
 
 
-def _feistel_permutation(size: int, key: int, positions: _Words) -> Indices:
+def _feistel_permutation(size: int, key: int, positions: Words) -> Indices:
     """Encrypt positions with a Feistel network over ``range(size)``.
 
     Follows Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5 (generalised Feistel on
@@ -168,17 +164,17 @@ def _feistel_permutation(size: int, key: int, positions: _Words) -> Indices:
     return result.view(np.int64)
 
 
-def _feistel(values: _Words, left_size: np.uint64, right_size: np.uint64, round_keys: list[int]) -> _Words:
+def _feistel(values: Words, left_size: np.uint64, right_size: np.uint64, round_keys: list[int]) -> Words:
     left, right = values % left_size, values // left_size
     for turn, key in enumerate(round_keys):
         if turn % 2:
-            left = (left + _mix(right, key) % left_size) % left_size
+            left = (left + splitmix(right, key) % left_size) % left_size
         else:
-            right = (right + _mix(left, key) % right_size) % right_size
+            right = (right + splitmix(left, key) % right_size) % right_size
     return left + right * left_size
 
 
-def _mix(values: _Words, key: int) -> _Words:
+def splitmix(values: Words, key: int) -> Words:
     """Element ``i`` of the SplitMix64 stream that starts at ``key``, for each value ``i``."""
     mixed = values * np.uint64(0x9E37_79B9_7F4A_7C15) + np.uint64(key)
     mixed ^= mixed >> np.uint64(30)

@@ -177,9 +177,7 @@ def refuse_unsplit(data: Any) -> None:
     """
     if isinstance(data, Mapping):
         raise DataError(f"A dict with the keys {list(data)} is not a dataset. Pass one of its values.")
-    if isinstance(data, Tensor) or (
-        isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)
-    ):
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
         raise DataError(
             f"A {type(data).__name__} of tensors could mean samples or columns. "
             "Pass TensorDataset(inputs, labels), or a list with one tensor a sample."

@@ -103,11 +103,7 @@ class StreamSource:
         restored = self._restored
         self._restored = None
         _announce_epoch(self._loader, epoch)
-        if (
-            self._stateful is not None
-            and restored
-            and (restored["epoch"], restored["batches"]) == (epoch, skip)
-        ):
+        if self._stateful is not None and restored and (restored["epoch"], restored["batches"]) == (epoch, skip):
             self._stateful.load_state_dict(restored["loader"])
             return self._seeded(epoch, skip)
         batches = self._seeded(epoch, 0)
@@ -146,9 +142,7 @@ class StreamSource:
                 "access, or a Ray Dataset."
             )
         if _length(self._loader) == 0:
-            raise DataError(
-                f"The loader over {self._name} is empty; there must be at least 1 batch to train on."
-            )
+            raise DataError(f"The loader over {self._name} is empty; there must be at least 1 batch to train on.")
 
     def _reason_for_inexactness(self) -> str | None:
         if self._stateful is not None:

@@ -74,9 +74,7 @@ class GradientAccumulator:
                 f"accumulation_steps must be >= 1, not {accumulation_steps}. 1 updates at each micro-batch."
             )
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm must be > 0 or None, not {max_grad_norm}. None turns clipping off."
-            )
+            raise ValueError(f"max_grad_norm must be > 0 or None, not {max_grad_norm}. None turns clipping off.")
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm

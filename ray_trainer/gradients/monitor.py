@@ -88,9 +88,7 @@ class GradientMonitor:
             vanishing_threshold: layers below it are named in a scan; None for never. No reason to skip.
         """
         if max_consecutive_failures < 1:
-            raise ValueError(
-                f"max_consecutive_failures must be >= 1, not {max_consecutive_failures}. 1: at the first."
-            )
+            raise ValueError(f"max_consecutive_failures must be >= 1, not {max_consecutive_failures}. 1: at the first.")
         for name, threshold in (
             ("explosion_threshold", explosion_threshold),
             ("vanishing_threshold", vanishing_threshold),

@@ -68,9 +68,7 @@ class HookCaller:
         """The hooks' own state; empty if they have none."""
         state = {} if self._save is None else self._save()
         if not isinstance(state, dict):
-            raise ConfigError(
-                f"The hooks' state_dict() returned {type(state).__name__}. Return a dict of plain data."
-            )
+            raise ConfigError(f"The hooks' state_dict() returned {type(state).__name__}. Return a dict of plain data.")
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -78,9 +76,7 @@ class HookCaller:
         if self._load is not None:
             self._load(state_dict)
         elif state_dict:
-            logger.warning(
-                "The checkpoint holds state of hooks, these have no load_state_dict(): it is dropped."
-            )
+            logger.warning("The checkpoint holds state of hooks, these have no load_state_dict(): it is dropped.")
 
 
 def _call_after(error: BaseException, hook: Hook | None, *arguments: object) -> None:

@@ -69,7 +69,7 @@ def errors_of(hooks: object | None) -> Iterator[str]:
     for name in HOOK_NAMES:
         yield from _signature_errors(who, name, implemented(hooks, name), vars(TrainingHooks)[name])
     if hasattr(hooks, "state_dict") != hasattr(hooks, "load_state_dict"):
-        yield f"{who} has only one of state_dict and load_state_dict. Saved state must be loaded: add the other."
+        yield f"{who} has only one of state_dict and load_state_dict. Add the other: saved state must be loaded."
 
 
 def _nearly_a_hook(name: str) -> str | None:

@@ -94,9 +94,7 @@ class LanguageModelingLoss(_CrossEntropy):
 
     has_perplexity = True
 
-    def __init__(
-        self, shift: bool = True, class_weights: Any = None, pad_token_id: int | None = None
-    ) -> None:
+    def __init__(self, shift: bool = True, class_weights: Any = None, pad_token_id: int | None = None) -> None:
         super().__init__(class_weights)
         self._shift = shift
         self._pad_token_id = pad_token_id

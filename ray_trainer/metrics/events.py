@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from ray_trainer.metrics.jsonl import JsonlLog, Row, read_rows
 from ray_trainer.storage import Storage
@@ -30,6 +30,11 @@ class EventLog:
         self._attempt = attempt
         self._clock = clock
         self._log = JsonlLog(storage, _NAME, attempt, writer)
+
+    @classmethod
+    def of_controller(cls, storage: Storage, clock: Callable[[], float] = time.time) -> Self:
+        """For the process that watches the workers: records as a part of the newest attempt."""
+        return cls(storage, max(1, next_attempt(storage) - 1), writer="controller", clock=clock)
 
     @property
     def degraded(self) -> str | None:

@@ -20,26 +20,18 @@ class TensorBoardWriter:
     retried at the next `flush`, and object stores need no local copy.
     """
 
-    def __init__(
-        self, storage: Storage, attempt: int, first_step: int = 0, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, storage: Storage, attempt: int, clock: Callable[[], float] = time.time) -> None:
         """Begin an event file of this attempt.
 
         Args:
             storage: the run's directory.
             attempt: which start of the run this is.
-            first_step: on resume, the step training continues from; what earlier attempts wrote beyond it is
-                hidden from now on.
             clock: the time in seconds since 1970.
         """
         self._clock = clock
         stem = f"events.out.tfevents.{int(clock()):010d}.{socket.gethostname()}.attempt_{attempt:04d}"
-        self._file = AppendingFile(
-            storage.child("tensorboard"), lambda part: f"{stem}.{part:04d}" if part else stem
-        )
+        self._file = AppendingFile(storage.child("tensorboard"), lambda part: f"{stem}.{part:04d}" if part else stem)
         self._write_event(file_version="brain.Event:2")
-        if first_step:
-            self.rewind(first_step)
 
     @property
     def degraded(self) -> str | None:
@@ -83,9 +75,4 @@ def _framed(message: bytes) -> bytes:
     from tensorboardX.record_writer import masked_crc32c
 
     length = struct.pack("<Q", len(message))
-    return (
-        length
-        + struct.pack("<I", masked_crc32c(length))
-        + message
-        + struct.pack("<I", masked_crc32c(message))
-    )
+    return length + struct.pack("<I", masked_crc32c(length)) + message + struct.pack("<I", masked_crc32c(message))

@@ -197,8 +197,7 @@ class BatchReader:
         if all(map(signature.accepts, names)) and signature.required <= set(names):
             return (), tuple((name, keys[name]) for name in names)
         misplaced = any(
-            name in signature.names and signature.names.index(name) != position
-            for position, name in enumerate(names)
+            name in signature.names and signature.names.index(name) != position for position, name in enumerate(names)
         )
         too_few = len(names) < len(signature.required)
         if len(names) > signature.num_positional or too_few or misplaced:

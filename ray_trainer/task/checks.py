@@ -41,8 +41,7 @@ def check_target(name: str, target: Any, labels: str, num_classes: int | None, i
     """
     if not isinstance(target, Tensor):
         raise DataError(
-            f"the target {name!r} is of type {type(target).__name__}. Let the dataset or "
-            "collate_fn return one."
+            f"the target {name!r} is of type {type(target).__name__}. Let the dataset or collate_fn return one."
         )
     if labels in ("tokens", "classes"):
         _check_class_numbers(name, target, num_classes, ignored)
@@ -64,8 +63,7 @@ def check_schema(name: str, value: Tensor, schema: dict[str, Any]) -> None:
     shape = schema.get("shape")
     sample = tuple(value.shape[1:])
     if shape is not None and (
-        len(shape) != len(sample)
-        or any(want not in (None, got) for want, got in zip(shape, sample, strict=True))
+        len(shape) != len(sample) or any(want not in (None, got) for want, got in zip(shape, sample, strict=True))
     ):
         raise DataError(
             f"a sample of field {name!r} has shape {sample}, input_schema says {tuple(shape)}. Resize or pad "

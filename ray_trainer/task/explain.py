@@ -40,9 +40,7 @@ def explain_forward_error(error: BaseException, batch: Any, model: nn.Module) ->
     text = str(error)
     wrong_call = isinstance(error, TypeError) and "forward()" in text
     out_of_range = isinstance(error, IndexError) and _OUT_OF_RANGE in text
-    misfit = isinstance(error, RuntimeError | IndexError) and any(
-        phrase in text.lower() for phrase in _MISFITS
-    )
+    misfit = isinstance(error, RuntimeError | IndexError) and any(phrase in text.lower() for phrase in _MISFITS)
     if not (wrong_call or out_of_range or misfit):
         return None
     signature = f"{type(model).__name__}.forward{inspect.signature(model.forward)}"
@@ -53,12 +51,9 @@ def explain_forward_error(error: BaseException, batch: Any, model: nn.Module) ->
     if out_of_range:
         return DataError(message + _embedding_advice(batch, model))
     if wrong_call:
-        return DataError(
-            message + "Name the inputs in input_fields of the TaskSpec, in the order of parameters."
-        )
+        return DataError(message + "Name the inputs in input_fields of the TaskSpec, in the order of parameters.")
     return DataError(
-        message
-        + "Compare shapes and dtypes with what the first layer takes; convert in the dataset or the model."
+        message + "Compare shapes and dtypes with what the first layer takes; convert in the dataset or the model."
     )
 
 

@@ -69,9 +69,7 @@ TASK_KINDS: dict[str, TaskKind] = {
     "vision_multilabel": TaskKind(
         ("vision_multilabel", "multilabel", "bce"), ("loss", "accuracy"), "flags", "vision", ("pixel_values",)
     ),
-    "regression": TaskKind(
-        ("regression", "mse", "l1", "huber"), ("loss", "mae"), "numbers", "tabular", ("features",)
-    ),
+    "regression": TaskKind(("regression", "mse", "l1", "huber"), ("loss", "mae"), "numbers", "tabular", ("features",)),
 }
 
 TASK_ALIASES = {

@@ -126,9 +126,7 @@ def _weight_errors(weights: Any, num_classes: Any, kind: TaskKind | None) -> Ite
     name = "additional_config['class_weights']"
     if kind is not None and kind.labels == "numbers":
         yield f"{name} means nothing for a regression. Leave it out."
-    if not isinstance(weights, list | tuple) or not all(
-        _number(weight) and weight >= 0 for weight in weights
-    ):
+    if not isinstance(weights, list | tuple) or not all(_number(weight) and weight >= 0 for weight in weights):
         yield f"{name} is {weights!r}. Give one number from 0 per class."
     elif _whole(num_classes) and len(weights) != num_classes:
         yield f"{name} has {len(weights)} entries for {num_classes} classes. Give one per class."

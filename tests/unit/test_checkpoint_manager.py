@@ -55,9 +55,7 @@ def manager(tmp_path):
 
 
 def test_commit_leaves_exactly_the_documented_files(manager, tmp_path):
-    record = manager.commit(
-        state_of(120), {"loader": {"position": torch.tensor(5)}}, CheckpointMeta(epoch=3, step=120)
-    )
+    record = manager.commit(state_of(120), {"loader": {"position": torch.tensor(5)}}, CheckpointMeta(epoch=3, step=120))
 
     directory = tmp_path / "run" / "checkpoint_epoch0003_step00000120"
     assert record.name == directory.name
@@ -242,9 +240,7 @@ def test_retention_agrees_with_a_brute_force_model_over_restarts(tmp_path):
             )
             alive[step] = math.nan if score is None else score
             comparable = sorted(
-                (value if mode == "min" else -value, step)
-                for step, value in alive.items()
-                if math.isfinite(value)
+                (value if mode == "min" else -value, step) for step, value in alive.items() if math.isfinite(value)
             )
             kept = {step for _, step in comparable[:best]} | set(sorted(alive)[-last:])
             alive = {step: value for step, value in alive.items() if step in kept}

@@ -19,6 +19,7 @@ from ray_trainer.checkpoint import (
     verify,
 )
 from ray_trainer.checkpoint import manifest as manifest_module
+from ray_trainer.checkpoint.restore import load
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ray_trainer.storage import Storage
 
@@ -205,9 +206,7 @@ def test_run_whose_checkpoints_are_all_broken_never_starts_from_scratch(run):
     for step in (1, 2, 3):
         halve(run / name_of(step) / "model.safetensors", run)
 
-    with pytest.raises(
-        CheckpointCorruptError, match=r"(?s)None of the checkpoints.*step00000003.*step00000001"
-    ):
+    with pytest.raises(CheckpointCorruptError, match=r"(?s)None of the checkpoints.*step00000003.*step00000001"):
         CheckpointManager(run).restore("auto")
     with pytest.raises(CheckpointCorruptError, match="no whole checkpoint, but broken ones"):
         CheckpointManager(run).restore("auto")
@@ -275,6 +274,27 @@ def test_other_runs_newest_whole_one_is_loaded_and_nothing_there_is_renamed(run,
 def test_named_place_without_checkpoint_is_not_found(run, name):
     with pytest.raises(CheckpointNotFoundError):
         CheckpointManager(run).restore(run / name)
+
+
+def test_rejections_in_another_run_do_not_hide_checkpoints_of_this_one(run, tmp_path):
+    manager = CheckpointManager(tmp_path / "other")
+    commit(manager, 3)
+    halve(run / name_of(3) / "model.safetensors", run)
+
+    manager.restore(run)
+
+    assert [record.step for record in manager.records()] == [3]
+
+
+def test_rank_that_did_not_exist_at_the_save_has_no_state_and_one_without_any_has_an_empty_one(run):
+    manager = CheckpointManager(run)
+    manager.commit({}, {}, CheckpointMeta(epoch=0, step=4))
+    newest, before = Storage.open(run / name_of(4)), Storage.open(run / name_of(3))
+
+    assert load(newest, rank=0).rank_state == {}
+    assert load(newest, rank=1).rank_state is None
+    assert load(before, rank=0).rank_state["loader"]["position"] == 3
+    assert load(before, rank=1).rank_state is None
 
 
 def make_newer(directory):

@@ -136,9 +136,7 @@ def test_a_dataset_smaller_than_the_world_gives_stand_ins_to_the_other_ranks():
 @pytest.mark.parametrize(("limit", "expected"), [(1, [8]), (2, [16]), (3, [16, 8]), (100, [16, 16, 5])])
 def test_a_limit_counts_micro_batches_of_each_rank(limit, expected):
     ranks = [plan(4, 16, rank=rank, world_size=2, limit_batches=limit) for rank in range(2)]
-    sizes = zip(
-        *([s.num_samples for s in build_source(numbered(37), p).steps(0)] for p in ranks), strict=True
-    )
+    sizes = zip(*([s.num_samples for s in build_source(numbered(37), p).steps(0)] for p in ranks), strict=True)
     assert [sum(size) for size in sizes] == expected
 
 
@@ -158,9 +156,7 @@ def test_dropping_all_there_is_is_refused():
         build_source(numbered(3), plan(4, drop_last=True))
 
 
-@pytest.mark.parametrize(
-    "data", [{"train": numbered(3)}, torch.zeros(3), (torch.zeros(3), torch.zeros(3)), 7, None]
-)
+@pytest.mark.parametrize("data", [{"train": numbered(3)}, torch.zeros(3), (torch.zeros(3), torch.zeros(3)), 7, None])
 def test_what_is_no_dataset_is_refused(data):
     with pytest.raises(DataError):
         build_source(data, plan())

@@ -80,9 +80,7 @@ def test_batches_of_a_loader_are_taken_as_they_are_and_grouped_into_steps():
     source = build_source(loader, plan(3, 6))
     assert [step.num_samples for step in source.steps(0)] == [6, 6, 6, 4]
     assert source.steps_per_epoch() == 4
-    assert [number for step in values(source.steps(0)) for batch in step for number in batch] == list(
-        range(22)
-    )
+    assert [number for step in values(source.steps(0)) for batch in step for number in batch] == list(range(22))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"generator": True}, {"weighted": True}])
