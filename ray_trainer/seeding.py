@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # Keep what is drawn for one purpose independent of what is drawn for another. Changing one changes the result
 # of every run.
 _STEP, _SAMPLE = 1, 2
+_MARK = 0
 
 
 def derive_seed(*keys: int) -> int:
@@ -95,6 +97,16 @@ def create_seeded_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed & _MASK)
 
 
+def mark_generators() -> None:
+    """Put the three CPU generators into a state of which `generators_moved` can tell whether it was left."""
+    _seed_cpu_generators(_MARK)
+
+
+def generators_moved() -> bool:
+    """Whether anything was drawn or seeded since `mark_generators`; draws from the generators itself."""
+    return _next_numbers() != _numbers_after_mark()
+
+
 @contextmanager
 def isolated_rng() -> Iterator[None]:
     """Put Python's, NumPy's and PyTorch's CPU generators back afterwards: draws inside are not seen outside.
@@ -125,7 +137,8 @@ def deterministic_mode(enabled: bool = True) -> Iterator[None]:
             _DETERMINISTIC.apply()
         yield
     finally:
-        before.apply()
+        if _DeterminismFlags.current() != before:  # setting them imports a good part of PyTorch's compiler
+            before.apply()
 
 
 @dataclass(frozen=True)
@@ -171,3 +184,14 @@ def _seed_cpu_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)
+
+
+def _next_numbers() -> tuple[float, float, float]:
+    return random.random(), np.random.random_sample(), float(torch.rand((), dtype=torch.float64))
+
+
+@cache
+def _numbers_after_mark() -> tuple[float, float, float]:
+    with isolated_rng():
+        mark_generators()
+        return _next_numbers()

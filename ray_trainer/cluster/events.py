@@ -1,6 +1,7 @@
 """What the controller sees of a run: which worker failed and why, written down and told."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.train import UserCallback
 
 from ray_trainer.errors import ConfigError, DataError, DivergenceError, RayTrainerError, StateMismatchError
-from ray_trainer.metrics import EventLog, next_attempt
+from ray_trainer.metrics import EventLog
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class FailureRecorder(UserCallback):
         cause = describe_failures(worker_exceptions)
         try:
             storage = Storage.open(self._run_uri)
-            EventLog(storage, next_attempt(storage) - 1, writer="controller").record("failure", cause=cause)
+            EventLog.of_controller(storage).record("failure", cause=cause)
             if self._link is not None:
                 self._link.announce.remote({"event": "failure", "cause": cause})
         except (OSError, ray.exceptions.RayError) as error:
@@ -102,6 +103,18 @@ def _line(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         return _line(cause)
     text = str(error).strip()
+    if "worker process has died" in text or "actor died" in text.lower():
+        return f"the worker process died{_found(r'pid[:=] ?([0-9]+)', text, ' (pid {})')}{_exit_detail(text)}"
     last = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())
     name = type(error).__name__
     return last if last.startswith(name) else f"{name}: {last}"
+
+
+def _exit_detail(text: str) -> str:
+    """What Ray knows of the end of a process, without its advice."""
+    return _found(r"Worker exit detail: (.*?)(?: Some common causes|\.\s|$)", " ".join(text.split()), ": {}")
+
+
+def _found(pattern: str, text: str, form: str) -> str:
+    match = re.search(pattern, text)
+    return form.format(match[1].strip()) if match else ""

@@ -18,7 +18,10 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a failure is seen, and a report taken, after this time
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the directory that relative paths of the user mean
 }
-LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody gives this machine notice
+LOCAL_SETTINGS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody gives this machine notice
+    "RAY_LOGGER_LEVEL": "error",  # a cleaner of Ray's complains each second that there is no dashboard to ask
+}
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What Ray runs on every worker, at every start: the first one, a restart and a resume are the same."""
 
+import logging
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     any other is raised, and Ray restarts the workers.
     """
     job: Job = config["job"]
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_without_rays_reports)
     torch.set_num_threads(job.torch_threads)
     runtime = RayRuntime(job.link, job.description)
     try:
@@ -72,6 +76,11 @@ def train_worker(config: dict[str, Any]) -> Outcome:
             return Outcome(results=None, error=error, stop=Stop.NONE)
         raise
     return Outcome(results=results, error=None, stop=runtime.stopped)
+
+
+def _without_rays_reports(record: logging.LogRecord) -> bool:
+    """Ray Train logs each report of each worker, through the root logger (named after a file, in 2.60)."""
+    return record.levelno > logging.INFO or f"{os.sep}ray{os.sep}train{os.sep}" not in record.pathname
 
 
 def _open(data: Any) -> Any:

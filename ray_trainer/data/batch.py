@@ -80,18 +80,22 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_samples(batch: Any) -> int:
-    """Length of the first dimension of the first tensor or array found; of the list if there is none.
+    """Length of the first dimension of the first tensor or array found, else of the first list.
 
     Raises:
         DataError: nothing in the batch has a length.
     """
-    found = _find_length(batch)
-    if found is None:
-        raise DataError(
-            f"A batch of type {type(batch).__name__} has no dimension to count samples by. "
-            "Let the loader return a tensor, or a tuple or dict with one in it."
-        )
-    return found
+    length = _array_length(batch)
+    if length is not None:
+        return length
+    candidates = [batch, *batch.values()] if isinstance(batch, Mapping) else [batch]
+    for candidate in candidates:
+        if isinstance(candidate, list) and candidate:
+            return len(candidate)
+    raise DataError(
+        f"A batch of type {type(batch).__name__} has no dimension to count samples by. "
+        "Let the loader return a tensor, or a tuple or dict with one in it."
+    )
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -107,13 +111,9 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if hasattr(value, "to") else value
 
 
-def _find_length(value: Any) -> int | None:
+def _array_length(value: Any) -> int | None:
     shape = getattr(value, "shape", None)
     if shape is not None:
         return int(shape[0]) if len(shape) else None
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        return None
-    lengths = [_find_length(item) for item in value if not isinstance(item, str)]
-    return next((length for length in lengths if length is not None), len(value) or None)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((length for part in parts if (length := _array_length(part)) is not None), None)

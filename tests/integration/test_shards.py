@@ -12,6 +12,7 @@ import ray.data
 import torch
 
 from ray_trainer.cluster.shards import RayBlocks, index_ray_dataset
+from ray_trainer.data.module import UniversalDataModule
 from ray_trainer.data.order import SampleOrder
 from ray_trainer.data.source import BatchPlan, StepBatch, build_source
 from ray_trainer.errors import DataError
@@ -121,6 +122,23 @@ def test_the_fingerprint_is_that_of_the_content_not_of_the_blocks(blocks):
     ]
     prints = {index_ray_dataset(other).fingerprint() for other in others}
     assert len(prints | {blocks.fingerprint()}) == 6
+
+
+def test_the_fingerprint_sees_every_number_of_a_row():
+    pairs = np.arange(20, dtype=np.float32).reshape(10, 2)
+    changed = pairs.copy()
+    changed[7, 1] += 1
+    prints = {index_ray_dataset(ray.data.from_numpy(rows)).fingerprint() for rows in (pairs, pairs.copy(), changed)}
+    assert len(prints) == 2
+
+
+def test_a_share_can_be_held_back_for_validation_of_data_in_windows():
+    indexed = index_ray_dataset(numbers(), full_shuffle_bytes=0, window_pack_bytes=512)
+    data = UniversalDataModule(indexed, val_split=0.1)
+    sources = [data.train_source(BatchPlan(8, 24)), data.val_source(BatchPlan(8, 24))]
+    train, val = ([i for step in source.steps(0) for i in ids(step)] for source in sources)
+    assert len(val) == 100
+    assert sorted(train + val) == list(range(NUM_ROWS))
 
 
 def test_data_larger_than_the_limit_is_shuffled_in_windows_of_packs():

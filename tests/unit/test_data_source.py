@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from ray_trainer.data.order import SampleOrder
 from ray_trainer.data.source import BatchPlan, StepBatch, build_source
 from ray_trainer.errors import ConfigError, DataError
+from ray_trainer.seeding import seed_sample
 
 
 def numbered(num_samples: int, width: int = 3) -> TensorDataset:
@@ -214,6 +215,20 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only():
     assert len(part) < len(whole)
     assert not set(whole.values()) & set(seen(epoch=1).values())
     assert not set(whole.values()) & set(seen(seed=1).values())
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.randn, lambda: float(torch.rand(()))])
+def test_a_dataset_that_draws_now_and_then_is_as_if_seeded_for_each_sample(draw):
+    class Rare(Augmented):
+        def __getitem__(self, index):
+            return (draw() if index % 10 == 7 else 0.0), index
+
+    seen = [step.micro_batches[0] for step in build_source(Rare(), plan(2, shuffle=False)).steps(0)]
+    values = {int(i): float(x) for batch in seen for x, i in zip(*batch, strict=True)}
+    for index in (7, 17):
+        seed_sample(42, 0, index)
+        assert values[index] == draw()
+    assert all(value == 0 for index, value in values.items() if index % 10 != 7)
 
 
 def test_reading_leaves_the_global_generators_alone():

@@ -9,7 +9,9 @@ from ray_trainer.seeding import (
     create_seeded_generator,
     derive_seed,
     deterministic_mode,
+    generators_moved,
     isolated_rng,
+    mark_generators,
     seed_sample,
     seed_step,
     seed_worker,
@@ -110,6 +112,15 @@ def test_isolated_rng_hides_what_is_drawn_inside_even_after_an_error():
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert np.random.randn() == expected.randn()
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.randn, lambda: torch.rand(3), lambda: seed_step(1, 2, 3)])
+def test_generators_tell_whether_something_was_drawn(draw):
+    mark_generators()
+    assert not generators_moved()
+    mark_generators()
+    draw()
+    assert generators_moved()
 
 
 def test_a_loader_worker_is_seeded_from_the_seed_torch_gave_it():
