@@ -4,10 +4,12 @@
 
     RayTrainerError
     ├── ConfigError (ValueError)               the configuration is wrong; lists every error
+    │   └── UnknownFieldError (AttributeError) a setting that does not exist; says which was probably meant
     ├── DataError (ValueError)                 the data cannot be trained on
     ├── CheckpointError (RuntimeError)
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   ├── CheckpointCorruptError             files are missing or differ from the manifest
+    │   ├── NewerFormatError                   a later version of ray_trainer wrote it
     │   └── StateMismatchError (ValueError)    the checkpoint belongs to something else
     ├── DivergenceError (RuntimeError)         gradients or losses stopped being numbers
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
@@ -30,6 +32,10 @@ class ConfigError(RayTrainerError, ValueError):
     """A configuration cannot be used; the message lists every error, one a line."""
 
 
+class UnknownFieldError(ConfigError, AttributeError):
+    """A section of the configuration has no field of that name; says which one was probably meant."""
+
+
 class DataError(RayTrainerError, ValueError):
     """A dataset cannot be trained on: empty, of the wrong form, or with values out of range."""
 
@@ -44,6 +50,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class CheckpointCorruptError(CheckpointError):
     """The files of a checkpoint are missing or differ from its manifest."""
+
+
+class NewerFormatError(CheckpointError):
+    """A later version of ray_trainer wrote this checkpoint; it may be whole, but this version can't tell."""
 
 
 class StateMismatchError(CheckpointError, ValueError):

@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_
 import numpy as np
 from pydantic import ConfigDict
 
-from ray_trainer.errors import ConfigError
+from ray_trainer.errors import ConfigError, UnknownFieldError
 from ray_trainer.fields import FieldCheck, Notation, did_you_mean, shortened
-
-
-class UnknownFieldError(ConfigError, AttributeError):
-    """A section has no field of that name; says which one was probably meant."""
 
 
 class Problem(NamedTuple):

@@ -3,7 +3,7 @@
 from ray_trainer.checkpoint.catalog import CheckpointRecord, list_checkpoints, verify
 from ray_trainer.checkpoint.direct import CheckpointMetadata
 from ray_trainer.checkpoint.manager import CheckpointManager
-from ray_trainer.checkpoint.manifest import CheckpointMeta, Manifest, NewerFormatError
+from ray_trainer.checkpoint.manifest import CheckpointMeta, Manifest
 from ray_trainer.checkpoint.restore import LoadedCheckpoint, Rejection
 from ray_trainer.checkpoint.weights import export_weights, load_weights
 
@@ -14,7 +14,6 @@ __all__ = [
     "CheckpointRecord",
     "LoadedCheckpoint",
     "Manifest",
-    "NewerFormatError",
     "Rejection",
     "export_weights",
     "list_checkpoints",

@@ -10,8 +10,8 @@ from ray_trainer.checkpoint.layout import (
     read_manifest,
     size_problems,
 )
-from ray_trainer.checkpoint.manifest import MANIFEST, Manifest, NewerFormatError
-from ray_trainer.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
+from ray_trainer.errors import CheckpointCorruptError, CheckpointNotFoundError, NewerFormatError
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)

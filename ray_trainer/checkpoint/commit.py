@@ -32,13 +32,12 @@ from ray_trainer.checkpoint.manifest import (
     CheckpointMeta,
     FileEntry,
     Manifest,
-    NewerFormatError,
     config_hash,
     library_versions,
     monitor_value,
     plain_metrics,
 )
-from ray_trainer.errors import CheckpointCorruptError, CheckpointError
+from ray_trainer.errors import CheckpointCorruptError, CheckpointError, NewerFormatError
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)

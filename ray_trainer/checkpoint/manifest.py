@@ -18,7 +18,7 @@ import xxhash
 
 from ray_trainer.checkpoint.decoding import decode
 from ray_trainer.checkpoint.encoding import Json, encode_plain
-from ray_trainer.errors import CheckpointCorruptError, CheckpointError
+from ray_trainer.errors import CheckpointCorruptError, CheckpointError, NewerFormatError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -26,10 +26,6 @@ FORMAT_VERSION = 1
 _FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 _NO_CHECKSUM = "0" * 32
-
-
-class NewerFormatError(CheckpointError):
-    """A later version of ray_trainer wrote this checkpoint; it may be whole, but this version can't tell."""
 
 
 class FileEntry(NamedTuple):

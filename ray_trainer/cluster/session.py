@@ -35,12 +35,16 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     started = not ray.is_initialized()
+    data_logger = logging.getLogger("ray.data")
+    level_before = data_logger.level
     try:
         if started:
             _start(cluster)
         ray.data.DataContext.get_current().enable_progress_bars = False
+        data_logger.setLevel(logging.ERROR)  # it tells its plan and each start
         yield
     finally:
+        data_logger.setLevel(level_before)
         if started:
             ray.shutdown()
         for name in added:

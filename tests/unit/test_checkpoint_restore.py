@@ -14,13 +14,12 @@ import torch
 from ray_trainer.checkpoint import (
     CheckpointManager,
     CheckpointMeta,
-    NewerFormatError,
     list_checkpoints,
     verify,
 )
 from ray_trainer.checkpoint import manifest as manifest_module
 from ray_trainer.checkpoint.restore import load
-from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError, NewerFormatError
 from ray_trainer.storage import Storage
 
 FILES = [
