@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -143,16 +142,22 @@ class TrainingLoop:
 
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
+        weight_zero = step_batch.num_samples == 0
+        *earlier, last = step_batch.micro_batches
         results = []
-        last = len(step_batch.micro_batches) - 1
-        for index, micro_batch in enumerate(step_batch.micro_batches):
-            with nullcontext() if index == last else self._forward.without_sync():
-                result = self._evaluate(micro_batch)
-                weight_zero = step_batch.num_samples == 0
-                self._accumulator.backward(result.loss.sum * 0.0 if weight_zero else result.loss.sum)
-            results.append(_weightless(result) if weight_zero else result)
+        for micro_batch in earlier:
+            with self._forward.without_sync():
+                results.append(self._forward_and_backward(micro_batch, weight_zero))
+        results.append(self._forward_and_backward(last, weight_zero))
         self.batch_losses = [result.loss for result in results]
         return results
+
+    def _forward_and_backward(self, micro_batch: Batch, weight_zero: bool) -> BatchResult:
+        result = self._evaluate(micro_batch)
+        if weight_zero:
+            result = _weightless(result)
+        self._accumulator.backward(result.loss.sum)
+        return result
 
     def _evaluate(self, micro_batch: Batch) -> BatchResult:
         batch = to_device(micro_batch, self._forward.device)

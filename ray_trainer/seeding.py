@@ -35,7 +35,7 @@ def derive_seed(*keys: int) -> int:
     """
     state = len(keys)
     for key in keys:
-        state = ((state ^ (key & _MASK)) + _GOLDEN) & _MASK
+        state = ((state ^ key) + _GOLDEN) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
         state ^= state >> 31

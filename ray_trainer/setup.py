@@ -233,11 +233,12 @@ def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources:
         model.train(was_training)
 
 
-def _try(task: Task, model: nn.Module, device: torch.device, source: BatchSource) -> None:
+def _try(task: Task, model: nn.Module, device: torch.device, source: OrderedSource) -> None:
     for step_batch in islice(source.steps(epoch=0), 1):
         batch = to_device(step_batch.micro_batches[0], device)
         task.check_first_batch(batch)
         task.evaluate(model, batch)
+        task.check_all_labels(model, batch, source.column)
 
 
 def _plain(value: Any) -> Any:

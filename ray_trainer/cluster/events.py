@@ -36,7 +36,7 @@ class FailureRecorder(UserCallback):
         cause = describe_failures(worker_exceptions)
         try:
             storage = Storage.open(self._run_uri)
-            EventLog.of_controller(storage).record("failure", cause=cause)
+            EventLog.of_controller(storage).record("failure", cause=cause, traceback=_tracebacks(worker_exceptions))
             if self._link is not None:
                 self._link.announce.remote({"event": "failure", "cause": cause})
         except (OSError, ray.exceptions.RayError) as error:
@@ -45,6 +45,11 @@ class FailureRecorder(UserCallback):
             final = final_error(failure)
             if final is not None:
                 raise final
+
+
+def _tracebacks(failures: Mapping[int, BaseException]) -> dict[str, str]:
+    """What the ranks' own errors looked like in the code, where there is something to look at."""
+    return {str(rank): str(error) for rank, error in failures.items() if "Traceback" in str(error)}
 
 
 def tell(event: Mapping[str, Any]) -> str | None:

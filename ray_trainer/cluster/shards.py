@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
+from torch import Tensor
 
 from ray_trainer.cluster.packs import Column, Digest, Pack, Segment, combined, finished, taken
 from ray_trainer.data.fingerprint import fingerprint
@@ -89,6 +91,13 @@ class RayBlocks:
             )
             for name in packs[0].columns
         }
+
+    def column(self, key: int | str) -> Iterator[Tensor]:
+        """All values of a column of numbers, in pieces; nothing where that would read data larger than memory."""
+        for number in range(0 if self.is_windowed else len(self.packs)):
+            values = self._opened([number])[0].columns.get(str(key))
+            if isinstance(values, np.ndarray) and values.dtype != object:
+                yield torch.from_numpy(values)
 
     def announce(self, indices: Indices) -> None:
         """Let Ray bring packs to this node, from other nodes or from disk, while others are worked on."""

@@ -63,8 +63,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     any other is raised, and Ray restarts the workers.
     """
     job: Job = config["job"]
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_without_rays_reports)
+    for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
+        handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
     runtime = RayRuntime(job.link, job.description)
     try:
@@ -78,9 +78,9 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     return Outcome(results=results, error=None, stop=runtime.stopped)
 
 
-def _without_rays_reports(record: logging.LogRecord) -> bool:
-    """Ray Train logs each report of each worker, through the root logger (named after a file, in 2.60)."""
-    return record.levelno > logging.INFO or f"{os.sep}ray{os.sep}train{os.sep}" not in record.pathname
+def _without_rays_lines(record: logging.LogRecord) -> bool:
+    """Ray Train prints each report of each worker, and each error with its traceback; both are events of ours."""
+    return f"{os.sep}ray{os.sep}train{os.sep}" not in record.pathname
 
 
 def _open(data: Any) -> Any:

@@ -10,6 +10,9 @@ from ray_trainer.data.order import Indices
 class IndexedDataset(Protocol):
     """A dataset that reads whole batches by index.
 
+    It may also have ``announce(indices)``, called some steps before they are fetched; ``block_sizes``, to be
+    shuffled block by block; and ``column(key)``, all values of a column in pieces, where that is cheap.
+
     Attributes:
         reads_in_processes: whether loader processes may read it, and gain by it. False for what is in memory.
     """

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import tee
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ray_trainer.data.batch import Batch, BatchPlan, StepBatch
@@ -45,6 +46,11 @@ class OrderedSource:
     def fingerprint(self) -> str:
         """Of the dataset; read once."""
         return self._dataset.fingerprint()
+
+    def column(self, key: int | str) -> Iterator[Tensor]:
+        """All values of one column of the dataset, in pieces, where they are in memory; else nothing."""
+        column = getattr(self._dataset, "column", None)
+        return iter(()) if column is None else column(key)
 
     def steps_per_epoch(self) -> int:
         """Number of global batches, a short last one included."""

@@ -1,6 +1,6 @@
 """Random access by batches to whatever a user calls a dataset."""
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,11 @@ class TensorReader:
         if self._is_plain:
             return tuple([tensor.index_select(0, rows) for tensor in self._tensors])
         return tuple([tensor[rows] for tensor in self._tensors])
+
+    def column(self, key: int | str) -> Iterator[Tensor]:
+        """All values of a column, in pieces; nothing if there is no such column."""
+        if isinstance(key, int):
+            yield self._tensors[key]
 
     def fingerprint(self) -> str:
         """See `IndexedDataset`."""
@@ -106,6 +111,13 @@ class RowsReader:
             return None
         ends = np.searchsorted(self._rows, np.cumsum(sizes))
         return [int(size) for size in np.diff(ends, prepend=0)]
+
+    def column(self, key: int | str) -> Iterator[Tensor]:
+        """All values of a column that is in memory."""
+        column = getattr(self._dataset, "column", None)
+        pieces = [] if column is None else list(column(key))
+        if pieces:
+            yield torch.cat(pieces)[torch.from_numpy(self._rows)]
 
     def announce(self, indices: Indices) -> None:
         """Pass on what will be fetched soon."""

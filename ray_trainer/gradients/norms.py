@@ -48,7 +48,7 @@ def scale_gradients(groups: GradientGroups, factor: float) -> None:
         # On the CPU torch vectorises over the list only if the factor is a tensor of the same type. In half
         # precision that would round the factor.
         is_plain = tensor_type is Tensor and device.type == "cpu" and dtype in (torch.float32, torch.float64)
-        torch._foreach_mul_(gradients, torch.tensor(factor, dtype=dtype) if is_plain else factor)
+        torch._foreach_mul_(gradients, torch.scalar_tensor(factor, dtype=dtype) if is_plain else factor)
 
 
 def whole(tensor: Tensor) -> Tensor:

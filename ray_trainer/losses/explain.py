@@ -52,5 +52,5 @@ def label_range_error(labels: Tensor, classes: int, target: str, who: str) -> Da
     return DataError(
         f"Label {value} in {target!r} is out of range: {who} {classes} classes, so labels must be in "
         f"0..{classes - 1} (or {IGNORE_LABEL} to be ignored). "
-        f"{int(wrong.sum())} of {labels.numel()} labels of this batch are out of range. {remedy}"
+        f"{int(wrong.sum())} of {labels.numel()} labels are out of range. {remedy}"
     )

@@ -115,6 +115,10 @@ class BatchReader:
             None if mask is None else batch[mask],
         )
 
+    def target_key(self, batch: Any) -> Key:
+        """Where in a batch the target is."""
+        return self._plan((batch,) if isinstance(batch, Tensor) else batch).target
+
     def named_inputs(self, batch: Any) -> dict[str, Any]:
         """Return what goes into the model by the name of its field, by position where it has none."""
         if isinstance(batch, Tensor):

@@ -1,6 +1,6 @@
 """Task: one batch through the model, and what came of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ray_trainer.task.batches import Batch, BatchReader
 from ray_trainer.task.checks import check_same_rows, check_schema, check_target, check_tensor
 from ray_trainer.task.explain import explain_forward_error
 from ray_trainer.task.spec import TaskSpec
+
+ReadColumn = Callable[[Any], Iterable[Tensor]]
 
 
 class BatchResult(NamedTuple):
@@ -108,6 +110,26 @@ class Task:
         for name, schema in (spec.input_schema if spec else {}).items():
             if name in fields:
                 check_schema(name, fields[name], schema)
+
+    def check_all_labels(self, forward: Callable[..., Any], batch: Batch, column: ReadColumn) -> None:
+        """Raise a `DataError` for a label anywhere in the data that the model has no output for.
+
+        Args:
+            forward: the model; called once, to see how many classes it tells apart.
+            batch: a first one.
+            column: gives all values of a column of the data, by the place of it in a batch.
+        """
+        if not self._takes_class_numbers:
+            return
+        call = self._reader.read(batch)
+        logits = ModelOutput.from_raw(forward(*call.args, **call.kwargs)).logits
+        classes = logits.shape[1] if logits.dim() == 4 else logits.shape[-1]
+        for labels in column(self._reader.target_key(batch)):
+            check_target(self._reader.target_field, labels, "classes", classes, self._pad_token_id)
+
+    @property
+    def _takes_class_numbers(self) -> bool:
+        return self.has_perplexity if self._spec is None else self._spec.kind.labels in ("tokens", "classes")
 
     def _judge(self, inputs: LossInputs) -> BatchResult:
         own = self._own
