@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ray_trainer import TaskSpec, Trainer, TrainingConfig
 
 POINTS = TaskSpec("points", "tabular_classification", input_fields=["features"], metrics=["loss", "accuracy"])
+FORKSERVER_IMPORTS = ["ray_trainer", "pandas", "pytest", "tensorboardX", "torch._dynamo"]  # what a child would wait for
 TIMES = ("time", "samples_per_s", "data_wait_s")  # columns of metrics.jsonl that differ from run to run
 
 
@@ -55,14 +56,17 @@ class Network(nn.Module):
 
 
 class Diary:
-    """Hooks that keep the samples of each step as their state, and do something at one moment."""
+    """Hooks that keep the samples of each step as their state, and may do something at any of their calls."""
 
-    def __init__(self, model: Network, act: Callable[[], None] | None = None, at: tuple[str, int] = ("", 0)) -> None:
+    def __init__(self, model: Network) -> None:
         self.order: list[list[Any]] = []
+        self.on_call: Callable[[str, int], None] = lambda name, count: None
         self._model = model
-        self._act = act
-        self._at = at
         self._calls: dict[str, int] = {}
+
+    def act(self, name: str, count: int, action: Callable[[], None]) -> None:
+        """Do something at the ``count``-th call of a hook; of `on_step_end`, after that step of the run."""
+        self.on_call = lambda called, number: action() if (called, number) == (name, count) else None
 
     def on_training_start(self) -> None:
         self._model.seen = []
@@ -95,8 +99,7 @@ class Diary:
 
     def _called(self, name: str, count: int | None = None) -> None:
         self._calls[name] = self._calls.get(name, 0) + 1
-        if self._act is not None and self._at == (name, count or self._calls[name]):
-            self._act()
+        self.on_call(name, count or self._calls[name])
 
 
 @dataclass
@@ -109,7 +112,7 @@ class Outcome:
     history: list[dict[str, float]]
     rows: list[dict[str, Any]]
     order: list[list[Any]]
-    progress: tuple[int, int]
+    step: int
     best: tuple[int, float, str]
     results: dict[str, Any] = field(compare=False)
 
@@ -132,11 +135,11 @@ def settings(run_dir: Path, **changes: Any) -> TrainingConfig:
     return TrainingConfig(**(chosen | changes))
 
 
-def prepare(run_dir: Path, norm: bool = False, **changes: Any) -> SimpleNamespace:
+def prepare(run_dir: Path, norm: bool = False, size: int | None = None, **changes: Any) -> SimpleNamespace:
     """A trainer, its data and its diary; nothing has run yet."""
     torch.manual_seed(7)
     model = Network(norm)
-    train_set = Points(18 if norm else 19)  # with normalisation no micro-batch may be a single sample
+    train_set = Points(size or (18 if norm else 19))  # with normalisation no micro-batch may be a single sample
     diary = Diary(model)
     trainer = Trainer(model, SimpleNamespace(), settings(run_dir, **changes), POINTS, diary)
     return SimpleNamespace(trainer=trainer, model=model, train_set=train_set, val_set=Points(7, seed=1), diary=diary)
@@ -154,8 +157,12 @@ def carry_out(prepared: SimpleNamespace, resume_from: str | None = "auto") -> Ou
         history=results["metrics_summary"].drop(columns="epoch_duration").to_dict("records"),
         rows=metric_rows(trainer.training_config.checkpoint_dir),
         order=prepared.diary.order,
-        progress=(trainer.progress.epoch, trainer.progress.step),
-        best=(results["best_epoch"], results["final_loss"], Path(best).name if best else ""),
+        step=trainer.progress.step,
+        best=(
+            results["best_epoch"],
+            results["final_loss"],
+            Path(best or "").name[: len("checkpoint_epoch0000_step00000000")],
+        ),
         results=results,
     )
 
@@ -166,8 +173,9 @@ def run(run_dir: Path, resume_from: str | None = "auto", **changes: Any) -> Outc
 
 
 def metric_rows(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without what time puts into them."""
+    """The rows of metrics.jsonl by step, without what time puts into them."""
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (row["step"], row["split"]))
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
@@ -185,7 +193,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 def assert_same(one: Any, other: Any, where: str = "run") -> None:
     """To the bit: tensors, numbers, text, however nested."""
     if isinstance(one, Outcome):
-        for name in ("order", "progress", "rows", "history", "weights", "optimizer", "schedule", "best"):
+        for name in ("weights", "optimizer", "schedule", "order", "step", "history", "best", "rows"):
             assert_same(getattr(one, name), getattr(other, name), name)
     elif isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype, where

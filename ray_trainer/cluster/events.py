@@ -48,8 +48,8 @@ class FailureRecorder(UserCallback):
 
 
 def _tracebacks(failures: Mapping[int, BaseException]) -> dict[str, str]:
-    """What the ranks' own errors looked like in the code, where there is something to look at."""
-    return {str(rank): str(error) for rank, error in failures.items() if "Traceback" in str(error)}
+    """The notes of the ranks' errors, to which a worker adds where in the code it happened."""
+    return {str(rank): "\n".join(error.__notes__) for rank, error in failures.items() if hasattr(error, "__notes__")}
 
 
 def tell(event: Mapping[str, Any]) -> str | None:

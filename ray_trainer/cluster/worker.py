@@ -75,6 +75,9 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         if _is_known_to_all(error):
             return Outcome(results=None, error=error, stop=Stop.NONE)
         raise
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # Ray passes on the error without its traceback
+        raise
     return Outcome(results=results, error=None, stop=runtime.stopped)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from experiments import (
+    FORKSERVER_IMPORTS,
     assert_each_sample_once_an_epoch,
     assert_same,
     carry_out,
@@ -33,12 +34,12 @@ HOOK_CALLS = [
 ]  # fmt: skip
 
 
-class Interruption(Exception):
+class BrokenOffError(Exception):
     """Raised where a run shall be broken off."""
 
 
 def interrupt() -> None:
-    raise Interruption
+    raise BrokenOffError
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,14 @@ def unbroken(tmp_path_factory):
 
 
 def arm(prepared: SimpleNamespace, at: tuple[str, int], act: Any = interrupt) -> SimpleNamespace:
-    prepared.diary._at, prepared.diary._act = at, act
+    prepared.diary.act(*at, act)
     return prepared
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("step", range(1, NUM_STEPS + 1))
 def test_run_broken_off_by_a_hook_after_any_step_ends_as_if_it_had_not_been(tmp_path, unbroken, variant, step):
-    with pytest.raises(Interruption):
+    with pytest.raises(BrokenOffError):
         carry_out(arm(prepare(tmp_path, **VARIANTS[variant]), ("on_step_end", step)))
 
     resumed = run(tmp_path, **VARIANTS[variant])
@@ -73,7 +74,7 @@ def test_run_broken_off_by_a_hook_after_any_step_ends_as_if_it_had_not_been(tmp_
 
 @pytest.mark.parametrize("at", HOOK_CALLS, ids=lambda at: f"{at[0]}-{at[1]}")
 def test_run_broken_off_by_any_other_hook_ends_as_if_it_had_not_been(tmp_path, unbroken, at):
-    with pytest.raises(Interruption):
+    with pytest.raises(BrokenOffError):
         carry_out(arm(prepare(tmp_path), at))
 
     resumed = run(tmp_path)
@@ -86,7 +87,7 @@ def test_run_broken_off_by_any_other_hook_ends_as_if_it_had_not_been(tmp_path, u
 @pytest.mark.parametrize("call", [1, 3])
 def test_run_broken_off_by_the_validation_hook_within_an_epoch_ends_as_if_it_had_not_been(tmp_path, unbroken, call):
     variant = VARIANTS["validated by steps"]
-    with pytest.raises(Interruption):
+    with pytest.raises(BrokenOffError):
         carry_out(arm(prepare(tmp_path, **variant), ("on_validation_end", call)))
 
     assert_same(run(tmp_path, **variant), unbroken("validated by steps"))
@@ -104,6 +105,19 @@ def test_run_stopped_by_a_signal_in_its_own_process_ends_as_if_it_had_not_been(t
 
     assert number == signal.SIGINT or caught.value.code == 143
     assert_same(resumed, unbroken("plain"))
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+@pytest.mark.parametrize("step", [6, 7])
+def test_run_broken_off_at_its_last_allowed_step_within_an_epoch_ends_as_if_it_had_not_been(tmp_path, by_signal, step):
+    whole = run(tmp_path / "whole", max_steps=7)
+    stopped = prepare(tmp_path / "broken", max_steps=7)
+    arm(stopped, ("on_step_end", step), (lambda: signal.raise_signal(signal.SIGTERM)) if by_signal else interrupt)
+
+    with pytest.raises((SystemExit, BrokenOffError)):
+        carry_out(stopped)
+
+    assert_same(run(tmp_path / "broken", max_steps=7), whole)
 
 
 @pytest.mark.parametrize("variant", ["plain", "validated by steps"])
@@ -138,7 +152,7 @@ def test_dataset_that_fails_in_the_middle_of_a_step_loses_nothing(tmp_path, unbr
                 raise OSError("the disk is gone")
 
     broken.train_set.on_read = fail
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(ValueError, match="could not be read: OSError: the disk is gone"):
         carry_out(broken)
 
     assert_same(run(tmp_path, **VARIANTS[variant]), unbroken(variant))
@@ -146,9 +160,7 @@ def test_dataset_that_fails_in_the_middle_of_a_step_loses_nothing(tmp_path, unbr
 
 @pytest.mark.parametrize("variant", ["plain", "norm"])
 @pytest.mark.parametrize("forward", [2, 4, 9, 12, 17])
-def test_forward_that_fails_in_the_middle_of_an_accumulation_window_loses_nothing(
-    tmp_path, unbroken, variant, forward
-):
+def test_forward_that_fails_in_the_middle_of_an_accumulation_window_loses_nothing(tmp_path, unbroken, variant, forward):
     broken = prepare(tmp_path, **VARIANTS[variant])
     forwards = 0
 
@@ -156,10 +168,10 @@ def test_forward_that_fails_in_the_middle_of_an_accumulation_window_loses_nothin
         nonlocal forwards
         forwards += int(training)
         if training and forwards == forward:
-            raise Interruption
+            raise BrokenOffError
 
     broken.model.on_forward = fail
-    with pytest.raises(Interruption):
+    with pytest.raises(BrokenOffError):
         carry_out(broken)
 
     assert_same(run(tmp_path, **VARIANTS[variant]), unbroken(variant))
@@ -167,7 +179,7 @@ def test_forward_that_fails_in_the_middle_of_an_accumulation_window_loses_nothin
 
 def test_run_broken_off_again_and_again_after_each_single_step_ends_as_if_it_had_not_been(tmp_path, unbroken):
     for step in range(1, NUM_STEPS + 1):
-        with pytest.raises(Interruption):
+        with pytest.raises(BrokenOffError):
             carry_out(arm(prepare(tmp_path), ("on_step_end", step)))
 
     resumed = run(tmp_path)
@@ -177,14 +189,14 @@ def test_run_broken_off_again_and_again_after_each_single_step_ends_as_if_it_had
 
 
 def test_loader_processes_do_not_change_what_a_broken_off_run_ends_with(tmp_path, unbroken):
-    with pytest.raises(Interruption):
+    with pytest.raises(BrokenOffError):
         carry_out(arm(prepare(tmp_path, num_loader_workers=1), ("on_step_end", 3)))
 
     assert_same(run(tmp_path, num_loader_workers=1), unbroken("plain"))
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ray_trainer", "tensorboardX"])
+PROCESSES.set_forkserver_preload(FORKSERVER_IMPORTS)
 
 
 def train_slowly(run_dir: Path, stepped: Any) -> None:
@@ -192,12 +204,12 @@ def train_slowly(run_dir: Path, stepped: Any) -> None:
     torch.set_num_threads(1)
     prepared = prepare(run_dir, save_every_n_steps=1)
 
-    def tell() -> None:
-        stepped.value += 1
-        time.sleep(0.02)
+    def tell(name: str, count: int) -> None:
+        if name == "on_step_end":
+            stepped.value += 1
+            time.sleep(0.05)
 
-    original = prepared.diary.on_step_end
-    prepared.diary.on_step_end = lambda record: (original(record), tell())[0]
+    prepared.diary.on_call = tell
     carry_out(prepared)
 
 
@@ -231,7 +243,7 @@ def test_process_killed_again_and_again_at_seeded_moments_ends_the_run_exactly(t
     for _ in range(3):
         process, stepped = start(tmp_path)
         wait_for(stepped, moments.randint(1, 3), process)
-        time.sleep(moments.random() * 0.03)
+        time.sleep(moments.random() * 0.06)
         assert process.is_alive()
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)

@@ -32,16 +32,13 @@ class Counting:
 
 def with_hooks(prepared, hooks):
     trainer = prepared.trainer
-    prepared.trainer = type(trainer)(
-        prepared.model, trainer.config, trainer.training_config, trainer.task_spec, hooks
-    )
+    prepared.trainer = type(trainer)(prepared.model, trainer.config, trainer.training_config, trainer.task_spec, hooks)
     return prepared
 
 
 def stop_after(run_dir, step, **changes):
     prepared = prepare(run_dir, **changes)
-    prepared.diary._at = ("on_step_end", step)
-    prepared.diary._act = lambda: signal.raise_signal(signal.SIGTERM)
+    prepared.diary.act("on_step_end", step, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
         carry_out(prepared)
 
