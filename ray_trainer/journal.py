@@ -19,7 +19,8 @@ from ray_trainer.documents import dump_yaml
 from ray_trainer.metrics.events import EventLog, next_attempt
 from ray_trainer.metrics.tensorboard import TensorBoardWriter
 from ray_trainer.metrics.writers import JsonlWriter, MetricsWriter, Writers
-from ray_trainer.runtime import Runtime
+from ray_trainer.runtime import Runtime, Stop
+from ray_trainer.state import Progress
 from ray_trainer.storage import Storage
 
 #: What belongs to a run in its directory, beside its checkpoints.
@@ -65,13 +66,21 @@ class Journal:
     def _tell_beginning(self, saved: LoadedCheckpoint | None) -> None:
         if self.attempt == 1:
             self.event("run_started", step=0, epoch=0)
-        self.event("workers_started", num_workers=distributed.world_size())
+        step, epoch = (saved.record.step, saved.record.epoch) if saved else (0, 0)
+        self.event("workers_started", step, epoch, num_workers=distributed.world_size())
         if saved is None:
             return
         for name, reason in saved.rejected:
-            self.event("checkpoint_rejected", checkpoint=name, reason=reason)
-        record = saved.record
-        self.event("resumed", record.step, record.epoch, **{"from": record.name, "tier": "storage"})
+            self.event("checkpoint_rejected", step, epoch, checkpoint=name, reason=reason)
+        self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": "storage"})
+
+    def conclude(self, progress: Progress, interruption: Stop) -> None:
+        """Tell how the run, or this attempt, ended."""
+        if interruption is Stop.NONE:
+            reason = progress.stop_reason or "the configured length is reached"
+            self.event("run_finished", progress.step, progress.epoch, reason=reason, training_s=progress.elapsed_s)
+        else:
+            self.event("interrupted", progress.step, progress.epoch, by=interruption.name)
 
     def event(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> None:
         """Record what happened, and tell whoever watches."""

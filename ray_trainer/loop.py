@@ -68,6 +68,7 @@ class TrainingLoop:
         self.stop = Stop.NONE
         self.is_whole = True
         self._data_wait_s = 0.0
+        self._divergence: DivergenceError | None = None
         self.batch_losses: list[LossResult] = []
 
     def steps(self, source: BatchSource) -> Iterator[StepRecord]:
@@ -87,6 +88,8 @@ class TrainingLoop:
             if not self._buckets_settled:
                 self._settle_buckets(step_batch)
             yield self._step(step_batch)
+            if self._divergence is not None:
+                raise self._divergence
 
     def _step(self, step_batch: StepBatch) -> StepRecord:
         progress = self._progress
@@ -105,7 +108,7 @@ class TrainingLoop:
         mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
         norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
-        verdict, error = self._judge(norm) if count else (Verdict.SKIP, None)
+        verdict = self._judge(norm) if count else Verdict.SKIP
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
         if is_updated:
@@ -115,8 +118,6 @@ class TrainingLoop:
             self._accumulator.discard()
         progress.complete_step(num_samples, seconds, skipped=not is_updated)
         self.is_whole = True
-        if error is not None:
-            raise error
         return StepRecord(
             step=progress.step,
             epoch=progress.epoch,
@@ -128,17 +129,15 @@ class TrainingLoop:
             skipped=not is_updated,
         )
 
-    def _judge(self, norm: float) -> tuple[Verdict, DivergenceError | None]:
+    def _judge(self, norm: float) -> Verdict:
         """Whether the gradients may reach the weights; equal on all ranks, because the norm is."""
-        if math.isfinite(norm):
-            verdict = self._monitor.judge(norm)
-        else:
-            verdict = self._monitor.judge(norm, self._accumulator.is_searching_scale)
-        if verdict is not Verdict.ABORT:
-            return verdict, None
-        error = self._monitor.divergence(norm, self._monitor.check_gradients(self._forward.model))
-        error.on_all_ranks = True
-        return verdict, error
+        is_searching_scale = not math.isfinite(norm) and self._accumulator.is_searching_scale
+        verdict = self._monitor.judge(norm, is_searching_scale)
+        if verdict is Verdict.ABORT:
+            findings = self._monitor.check_gradients(self._forward.model)
+            self._divergence = self._monitor.divergence(norm, findings)
+            self._divergence.on_all_ranks = True
+        return verdict
 
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import ConfigError
@@ -25,22 +26,46 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             "Unfreeze some, or build the model with parameters."
         )
     fused = all(parameter.is_floating_point() for parameter in parameters)
+    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": torch.optim.AdamW,
+        "adam": torch.optim.Adam,
+        "sgd": torch.optim.SGD,
+    }
+    return classes[config.optimizer](parameters, lr=config.learning_rate, fused=fused, **_settings(config))
+
+
+def follow_config(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
+    """Let an optimizer that was restored go on with the settings of the configuration, as it is now."""
+    for group in optimizer.param_groups:
+        group.update(_settings(config))
+
+
+def follow_schedule(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, config: TrainingConfig | None
+) -> None:
+    """Let a schedule that was restored go on with its own course: what was saved may be another's rate.
+
+    Args:
+        optimizer: gets the rate of its next update.
+        scheduler: from `build_scheduler`.
+        config: gives the base rate; None keeps the optimizer's own.
+    """
+    assert isinstance(scheduler, LambdaLR)
+    if config is not None:
+        scheduler.base_lrs = [config.learning_rate for _ in scheduler.base_lrs]
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return optimizer_class(
-        parameters,
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
+        return {"momentum": config.momentum, "weight_decay": config.weight_decay}
+    return {"betas": config.betas, "weight_decay": config.weight_decay}
 
 
 def build_scaler(config: TrainingConfig, device: torch.device) -> GradScaler | None:

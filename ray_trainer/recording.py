@@ -82,34 +82,45 @@ class Recorder:
         self._runtime = runtime
         self._train = Means()
         self._val = Means()
+        self._row_step = 0
         self._learning_rate = 0.0
         self._gradient_norm = 0.0
         self._pace = Pace()
 
-    def step(self, record: StepRecord, data_wait_s: float, is_last: bool) -> None:
+    def step(self, record: StepRecord, data_wait_s: float) -> None:
         """Log a step where one is due. Collective."""
         self._pace.count(record.num_samples, data_wait_s)
         self._learning_rate, self._gradient_norm = record.learning_rate, record.gradient_norm
         if record.skipped:
-            self._books.journal.event("step_skipped", step=record.step, gradient_norm=record.gradient_norm)
-        if is_last or record.step % self._log_every_n_steps == 0:
-            self._log_row(record)
+            self._books.journal.event("step_skipped", record.step, record.epoch, gradient_norm=record.gradient_norm)
+        if record.step % self._log_every_n_steps == 0:
+            self._log_row()
         if self._pace.display_is_due():
             self._runtime.show(self._progress_record())
 
-    def validation(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Keep, log and judge a validation of the last completed step; returns it with the prefix ``val_``."""
+    def validation(self, means: Mapping[str, float]) -> None:
+        """Keep, log and judge a validation of the last completed step."""
         progress = self.progress
         self._val = Means(progress.step, dict(means))
         self._books.journal.metrics("val", progress.step, progress.epoch, means)
-        metrics = self._val.at(progress.step, "val")
-        self._judge(metrics)
+        self._judge(self._val.at(progress.step, "val"))
         self._runtime.show(self._progress_record())
-        return metrics
+
+    @property
+    def has_validated(self) -> bool:
+        """The last completed step is validated."""
+        return self._val.step == self.progress.step
+
+    @property
+    def has_closed(self) -> bool:
+        """The last completed step is in the history."""
+        return self._train.step == self.progress.step
 
     def epoch(self) -> None:
-        """Add the row of the epoch in progress to the history. Collective."""
+        """Add the row of the epoch in progress to the history, and that of its last step. Collective."""
         progress, books = self.progress, self._books
+        if self._row_step != progress.step:
+            self._log_row()
         books.sums.flush()
         self._train = Means(progress.step, self._means(books.sums.epoch))
         books.tracker.log_epoch(
@@ -144,6 +155,7 @@ class Recorder:
         return {
             "train": [self._train.step, dict(self._train.values)],
             "val": [self._val.step, dict(self._val.values)],
+            "row_step": self._row_step,
             "learning_rate": self._learning_rate,
             "gradient_norm": self._gradient_norm,
         }
@@ -152,6 +164,7 @@ class Recorder:
         """Continue from there."""
         self._train = Means(*state_dict["train"])
         self._val = Means(*state_dict["val"])
+        self._row_step = state_dict["row_step"]
         self._learning_rate = state_dict["learning_rate"]
         self._gradient_norm = state_dict["gradient_norm"]
 
@@ -159,16 +172,14 @@ class Recorder:
         if self._monitor in metrics and self._books.early_stopping.should_stop(metrics[self._monitor]):
             self.progress.stop_reason = f"early stopping: {self._monitor} did not improve any more"
 
-    def _log_row(self, record: StepRecord) -> None:
+    def _log_row(self) -> None:
+        """The row of the steps since the last one."""
         totals = self._books.sums.take_interval()
         row = self._means(totals) if totals[1] else {}  # nothing but skipped steps: no number is invented
         self._pace.loss = row.get("loss", self._pace.loss)
-        row |= {
-            "learning_rate": record.learning_rate,
-            "gradient_norm": record.gradient_norm,
-            **self._pace.take_rates(),
-        }
-        self._books.journal.metrics("train", record.step, record.epoch, row)
+        row |= {"learning_rate": self._learning_rate, "gradient_norm": self._gradient_norm}
+        self._row_step = self.progress.step
+        self._books.journal.metrics("train", self._row_step, self.progress.epoch, {**row, **self._pace.take_rates()})
 
     def _means(self, totals: tuple[float, ...]) -> dict[str, float]:
         means = {

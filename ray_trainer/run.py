@@ -51,17 +51,28 @@ class Run:
 
     def execute(self) -> None:
         """Train to the end, to an early stop or to an interruption. Collective."""
-        progress = self._progress
-        if progress.epoch_logged and not self._limits.reached(progress):
-            self._end_epoch()  # the checkpoint was written just before
-        self._loop.restart_clock()
         try:
+            self._catch_up()
+            self._loop.restart_clock()
             self._train()
         except Exception:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
             raise
+
+    def _catch_up(self) -> None:
+        """Do what belongs to the last completed step and was not done when its checkpoint was written."""
+        progress = self._progress
+        if progress.step == 0:
+            return
+        ends_epoch, is_end = self._limits.ends_epoch(progress), self._limits.reached(progress)
+        if progress.epoch_logged and not is_end:
+            self._end_epoch()
+        elif is_end and not self._recorder.has_closed:
+            self._close_epoch(ends_epoch)
+        elif progress.step_in_epoch and not ends_epoch and not is_end:
+            self._safe_point(is_resumed=True)
 
     def _train(self) -> None:
         progress = self._progress
@@ -71,10 +82,10 @@ class Run:
             is_whole = self._train_epoch()
             if self.interruption is Stop.NONE:
                 self._close_epoch(is_whole)
-        if self.interruption is not Stop.NONE:
-            logger.warning("Stopping after step %d: %s.", progress.step, self.interruption.name)
         self._recorder.flush()
         self._saver.save_last(self._recorder.metrics())
+        if self.interruption is not Stop.NONE:
+            logger.warning("Stopped after step %d: %s.", progress.step, self.interruption.name)
 
     def _train_epoch(self) -> bool:
         """The remaining steps of the epoch in progress, or those up to a limit; whether it is whole then."""
@@ -86,16 +97,19 @@ class Run:
         return True
 
     def _after_step(self, record: StepRecord) -> None:
-        progress = self._progress
+        self._recorder.step(record, self._loop.take_data_wait_s())
         self._call_after_step(record)
-        ends_epoch = self._limits.ends_epoch(progress)
-        self._recorder.step(record, self._loop.take_data_wait_s(), is_last=ends_epoch or self._limits.reached(progress))
-        if ends_epoch or self._limits.reached(progress):
-            return  # validation and saving belong to the end of the epoch
+        if not self._limits.ends_epoch(self._progress) and not self._limits.reached(self._progress):
+            self._safe_point()  # else validation and saving belong to the end of the epoch
+
+    def _safe_point(self, is_resumed: bool = False) -> None:
+        """Validate and save where that is due; after a resume only what was missed."""
         moment = self._moment(is_epoch_end=False)
-        if self._validate_at.due(moment) and not self._validate():
+        must_validate = self._validate_at.due(moment) and not self._recorder.has_validated
+        if must_validate and not self._validate():
             return
-        if self._save_requested or self._saver.due(moment):
+        is_due = self._saver.due(moment) and (must_validate or not is_resumed)
+        if self._save_requested or is_due:
             self._save()
 
     def _close_epoch(self, is_whole: bool) -> None:
@@ -103,7 +117,8 @@ class Run:
         progress = self._progress
         moment = self._moment(is_epoch_end=is_whole)
         is_end = self._limits.reached(progress) or progress.epoch + 1 >= self._limits.epochs
-        if (self._validate_at.due(moment) or is_end) and not self._validate():
+        must_validate = (self._validate_at.due(moment) or is_end) and not self._recorder.has_validated
+        if must_validate and not self._validate():
             return
         self._recorder.epoch()
         progress.epoch_logged = is_whole
@@ -126,7 +141,8 @@ class Run:
         if means is None:
             self.interruption = max(self.interruption, self._validation.stop)
             return False
-        self._ask(self._hooks.on_validation_end, self._recorder.validation(means))
+        self._ask(self._hooks.on_validation_end, {f"val_{name}": value for name, value in means.items()})
+        self._recorder.validation(means)
         return True
 
     def _save(self) -> None:
@@ -139,7 +155,7 @@ class Run:
         if hooks.on_batch_end is not None:
             first = (self._progress.step_in_epoch - 1) * self._sources.micro_batches_a_step
             for index, loss in enumerate(self._loop.batch_losses, start=first):
-                self._ask(hooks.on_batch_end, index, float(loss.mean))
+                self._ask(hooks.on_batch_end, index, float(loss.mean.detach()))
         self._ask(hooks.on_step_end, record)
 
     def _ask(self, hook: Hook | None, *arguments: object) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint
@@ -82,7 +83,9 @@ class Saver:
             self._commit(metrics)
         except CheckpointError as error:  # equal on all ranks
             self._failures += 1
-            self._audience.journal.event("checkpoint_failed", reason=str(error))
+            self._audience.journal.event(
+                "checkpoint_failed", self._progress.step, self._progress.epoch, reason=str(error)
+            )
             logger.error("No checkpoint of step %d: %s", self._progress.step, error)
             if self._failures >= MAX_FAILED_SAVES:
                 raise
@@ -108,13 +111,15 @@ class Saver:
         # between two epochs the last completed step belongs to the one before
         epoch = progress.epoch - int(progress.step_in_epoch == 0 and progress.step > 0)
         meta = replace(self._meta, epoch=epoch, step=progress.step, metrics=dict(metrics))
-        record = self._manager.commit(self._state.state_dict(), {}, meta)
+        record = self._manager.commit(self._state.state_dict(), self._rank_state(), meta)
         self._failures = 0
         self._saved = self._mark()
         self.saved_at_s = progress.elapsed_s
         self._audience.runtime.checkpoint_committed(record.uri, metrics)
         self._audience.journal.event(
             "checkpoint_saved",
+            record.step,
+            record.epoch,
             checkpoint=record.name,
             stall_s=record.seconds,
             durable_s=record.seconds,
@@ -134,6 +139,11 @@ class Saver:
                     size_bytes=record.size_bytes,
                 )
             )
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What is not rank 0's on this rank: the state of its hooks."""
+        hooks = self._audience.hooks.state_dict() if distributed.rank() > 0 else {}
+        return {"hooks": hooks} if hooks else {}
 
     def _mark(self) -> tuple[int, str | None]:
         return self._progress.step, self._progress.stop_reason

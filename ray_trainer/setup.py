@@ -227,18 +227,19 @@ def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources:
     try:
         with torch.no_grad(), isolated_rng():
             for source in (sources.train, sources.val):
-                if isinstance(source, OrderedSource):  # what can be read again
+                if source is not None and source.is_repeatable:
                     _try(task, model, device, source)
     finally:
         model.train(was_training)
 
 
-def _try(task: Task, model: nn.Module, device: torch.device, source: OrderedSource) -> None:
+def _try(task: Task, model: nn.Module, device: torch.device, source: BatchSource) -> None:
     for step_batch in islice(source.steps(epoch=0), 1):
         batch = to_device(step_batch.micro_batches[0], device)
         task.check_first_batch(batch)
         task.evaluate(model, batch)
-        task.check_all_labels(model, batch, source.column)
+        if isinstance(source, OrderedSource):
+            task.check_all_labels(model, batch, source.column)
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ray_trainer.journal import Journal
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.losses import LossStrategy
 from ray_trainer.metrics import MetricsTracker, MetricSums
-from ray_trainer.optim import build_optimizer, build_scaler, build_scheduler
+from ray_trainer.optim import build_optimizer, build_scaler, build_scheduler, follow_config, follow_schedule
 from ray_trainer.recording import Books, Recorder
 from ray_trainer.run import Run
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
@@ -105,6 +105,8 @@ class Trainer:
         self.task = Task(task_spec, model, self.loss_strategy, pad_token_id)
         self.optimizer = optimizer or build_optimizer(model, training_config)
         self.scheduler = scheduler
+        self._builds_optimizer = optimizer is None
+        self._builds_scheduler = scheduler is None
         self.gradient_accumulator = GradientAccumulator(
             self.optimizer,
             training_config.gradient_accumulation_steps,
@@ -175,7 +177,7 @@ class Trainer:
         )
         limits = Limits.of(config, sources.train.steps_per_epoch())
         monitor = choose_monitor(config, self.task.metric_names, sources.val is not None)
-        if self.scheduler is None:
+        if self._builds_scheduler:
             self.scheduler = build_scheduler(self.optimizer, config, limits.total_steps)
         refuse_changes(saved, config, sources.train.fingerprint)
         try_first_batch(self.task, self.model, self.device, sources)
@@ -190,9 +192,11 @@ class Trainer:
         recorder = Recorder(self.training_config, setup, self.task, books, self.progress, self.runtime)
         state = self._train_state(books, recorder, setup.sources.train)
         if saved is not None:
-            state.load_state_dict(saved.state)
+            state.load_state_dict({**saved.state, **(saved.rank_state or {})})
+            self._follow_config()
         forward = Forward.build(self.model, self.device, self.training_config)
-        make_room(self.checkpoint_manager, saved, resume_from)
+        if not self.training_config.fast_dev_run:
+            make_room(self.checkpoint_manager, saved, resume_from)
         books.journal.open(saved)
         saver = self._build_saver(setup, state, books.journal)
         run = self._build_run(setup, forward, recorder, books, saver)
@@ -200,7 +204,15 @@ class Trainer:
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
             run.execute()
+            books.journal.conclude(self.progress, run.interruption)
         return run.interruption
+
+    def _follow_config(self) -> None:
+        """Go on with the rates that the configuration says now, where they were built from it."""
+        if self._builds_optimizer:
+            follow_config(self.optimizer, self.training_config)
+        if self._builds_scheduler:
+            follow_schedule(self.optimizer, self.scheduler, self.training_config if self._builds_optimizer else None)
 
     def _open_books(self) -> Books:
         config = self.training_config

@@ -77,7 +77,10 @@ class UniversalDataModule:
         if self.val_data is None:
             return None
         plan = replace(plan, shuffle=False, drop_last=False)
-        return build_source(self.val_data, plan, self._collator(self.val_data))
+        try:
+            return build_source(self.val_data, plan, self._collator(self.val_data))
+        except DataError as error:
+            raise DataError(f"The validation data cannot be used: {error}") from error
 
     def train_dataloader(self, epoch: int | None = None) -> "DataLoader[Batch]":
         """A loader over the training data.

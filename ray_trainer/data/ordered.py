@@ -29,6 +29,7 @@ class OrderedSource:
     """
 
     exact = True
+    is_repeatable = True
 
     def __init__(self, dataset: IndexedDataset, plan: BatchPlan) -> None:
         self._dataset = dataset

@@ -64,7 +64,8 @@ class SampleReader:
             except Exception as error:  # the user's collator may raise anything; it is raised again
                 raise DataError(
                     f"The samples {shortened(wanted)} could not be put into one batch: "
-                    f"{type(error).__name__}: {error} Pass a collate_fn that can, for example one that pads."
+                    f"{type(error).__name__}: {str(error).rstrip('.')}. {_unequal_fields(samples)}"
+                    "Pass a collate_fn that can, for example one that pads."
                 ) from error
 
     def fingerprint(self) -> str:
@@ -134,3 +135,17 @@ def _form(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_form(item) for item in value]
     return type(value).__name__
+
+
+def _unequal_fields(samples: list[Any]) -> str:
+    """Which fields of samples that cannot be stacked differ in shape, as a sentence; empty where none does."""
+    found = []
+    first = samples[0]
+    keys = list(first) if isinstance(first, Mapping) else range(len(first)) if isinstance(first, list | tuple) else []
+    for key in keys:
+        values = [sample[key] for sample in samples if not isinstance(sample, Mapping) or key in sample]
+        shapes = {tuple(getattr(value, "shape", ())) for value in values}
+        if len(shapes) > 1:
+            name = repr(key) if isinstance(key, str) else f"element {key}"
+            found.append(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))}")
+    return f"Of the fields, {'; '.join(found)}. " if found else ""

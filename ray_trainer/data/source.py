@@ -45,6 +45,11 @@ class BatchSource(Protocol):
         """Whether a resumed run sees exactly what an unbroken one sees; if not, a warning told why."""
         ...
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether reading a batch ahead of the training leaves no trace."""
+        ...
+
     def steps_per_epoch(self) -> int | None:
         """Number of steps; None where nobody knows before the end."""
         ...

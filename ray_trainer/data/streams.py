@@ -42,6 +42,7 @@ class StreamSource:
         self._plan = plan
         self._batches_per_step = max(1, plan.global_batch_size // (plan.batch_size * plan.world_size))
         self._stateful = _stateful_part(loader)
+        self.is_repeatable = self._stateful is None
         self._position = (0, 0)
         self._restored: dict[str, Any] | None = None
         self._refuse_unusable()
@@ -85,7 +86,7 @@ class StreamSource:
             self._position = (epoch, first)
             yield StepBatch(micro_batches, sum(count_samples(batch) for batch in micro_batches))
         if first == 0:
-            raise DataError(f"{self._name} gave no batch in epoch {epoch}.")
+            raise DataError(f"{self._name} is empty: it gave no batch in epoch {epoch}.")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands after the newest step; empty if it cannot tell."""

@@ -168,6 +168,7 @@ class Storage:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
         with naming(source):
             if self.is_local:
+                local.make_directory(Path(target).parent)
                 Path(source).rename(target)
                 self.sync()
             else:

@@ -17,7 +17,7 @@ _APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 def write(path: Path, chunks: Iterable[Buffer]) -> None:
     """Write a file under another name, and give it its own once it has reached the disk."""
-    _make_directory(path.parent)
+    make_directory(path.parent)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with naming(path), unfinished.open("xb") as file:
@@ -40,7 +40,7 @@ def append(path: Path, data: bytes) -> None:
         try:
             descriptor = os.open(path, _APPENDING, 0o666)
         except FileNotFoundError:
-            _make_directory(path.parent)
+            make_directory(path.parent)
             descriptor = os.open(path, _APPENDING, 0o666)
         try:
             if os.write(descriptor, data) < len(data):
@@ -70,10 +70,10 @@ def sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
     """Make a directory and its parents so that their names survive a power cut."""
     if directory.is_dir():
         return
-    _make_directory(directory.parent)
+    make_directory(directory.parent)
     directory.mkdir(exist_ok=True)
     sync_directory(directory.parent)

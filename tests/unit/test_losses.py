@@ -403,6 +403,15 @@ def test_error_with_another_cause_is_not_explained():
     assert explain_loss_error(RuntimeError("out of memory"), torch.zeros(2, 3), torch.tensor([0, 2])) is None
 
 
+@pytest.mark.parametrize(("classes", "wrong"), [(256, None), (200, 255)])
+def test_bytes_as_labels_are_compared_as_numbers(classes, wrong):
+    labels = torch.tensor([0, 156, 255], dtype=torch.uint8)
+
+    explained = explain_loss_error(RuntimeError("any"), torch.zeros(3, classes), labels)
+
+    assert explained is None if wrong is None else f"Label {wrong} in 'labels' is out of range" in str(explained)
+
+
 def test_lost_cuda_device_is_explained_without_touching_it():
     error = RuntimeError("CUDA error: device-side assert triggered")
 
