@@ -15,7 +15,7 @@ import torch
 from ray_trainer import distributed
 from ray_trainer.checkpoint import LoadedCheckpoint
 from ray_trainer.config import TrainingConfig
-from ray_trainer.documents import dump_yaml
+from ray_trainer.config.documents import dump_yaml
 from ray_trainer.metrics.events import EventLog, next_attempt
 from ray_trainer.metrics.tensorboard import TensorBoardWriter
 from ray_trainer.metrics.writers import JsonlWriter, MetricsWriter, Writers

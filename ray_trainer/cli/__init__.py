@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from ray_trainer.cli import config, export, train
+from ray_trainer.config.overrides import split_overrides
 from ray_trainer.errors import ConfigError, DataError, RayTrainerError
-from ray_trainer.overrides import split_overrides
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

@@ -10,7 +10,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from ray_trainer.cli.experiment import load_experiment
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
-from ray_trainer.documents import dump_yaml
+from ray_trainer.config.documents import dump_yaml
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

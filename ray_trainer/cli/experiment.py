@@ -9,8 +9,8 @@ import zlib
 from pathlib import Path
 from types import ModuleType
 
+from ray_trainer.config.fields import did_you_mean
 from ray_trainer.errors import ConfigError
-from ray_trainer.fields import did_you_mean
 from ray_trainer.task import Experiment
 
 _EXAMPLE = "write experiment = Experiment(build_model=..., build_datasets=...) there"

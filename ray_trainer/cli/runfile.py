@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.config import TrainingConfig
-from ray_trainer.documents import Document, as_yaml, read_document
+from ray_trainer.config.documents import Document, as_yaml, read_document
+from ray_trainer.config.fields import described, did_you_mean
+from ray_trainer.config.overrides import apply_overrides, parse_overrides
+from ray_trainer.config.schema import Problem, Section, refuse
 from ray_trainer.errors import ConfigError
-from ray_trainer.fields import described, did_you_mean
-from ray_trainer.overrides import apply_overrides, parse_overrides
-from ray_trainer.schema import Problem, Section, refuse
 
 ExperimentReference = Annotated[
     str,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_trainer.cli.experiment import experiment_module, load_experiment
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
-from ray_trainer.documents import dump_yaml
+from ray_trainer.config.documents import dump_yaml
 from ray_trainer.metrics.terminal import LiveDisplay
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_trainer.fields import Count, NotNegative, Positive, Text, described
-from ray_trainer.schema import Rule, Section
+from ray_trainer.config.fields import Count, NotNegative, Positive, Text, described
+from ray_trainer.config.schema import Rule, Section
 
 RunName = Annotated[
     str,

@@ -40,7 +40,7 @@ def label_range_error(labels: Tensor, classes: int, target: str, who: str) -> Da
         target: name of the label column.
         who: who says so, as in "the model's logits have".
     """
-    if labels.numel() and 0 <= int(labels.min()) and int(labels.max()) < classes:
+    if labels.numel() and int(labels.min()) >= 0 and int(labels.max()) < classes:
         return None
     labels = labels.long()  # in 8 bits 156 would be -100, and 256 classes would be none
     wrong = (labels != IGNORE_LABEL) & ((labels < 0) | (labels >= classes))

@@ -6,7 +6,7 @@ import math
 from ray_trainer.cli.runfile import RunFile
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.config import TrainingConfig
-from ray_trainer.schema import Section
+from ray_trainer.config.schema import Section
 
 COUNT = ([True, 2.5, 2.0, "3", math.nan, (1,)], [0, -1])
 COUNT_OR_ZERO = ([True, 2.5, "3", None], [-1])

@@ -15,9 +15,9 @@ from ray_trainer.cli.config import add_parser, run_file_schema
 from ray_trainer.cli.runfile import RunFile, load_run_file
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.config import TrainingConfig
-from ray_trainer.documents import parse_value
+from ray_trainer.config.documents import parse_value
+from ray_trainer.config.overrides import split_overrides
 from ray_trainer.errors import ConfigError
-from ray_trainer.overrides import split_overrides
 
 EXPERIMENT = """\
 from ray_trainer.task import Experiment

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_trainer.documents import as_yaml, dump_yaml, parse_value, read_document
+from ray_trainer.config.documents import as_yaml, dump_yaml, parse_value, read_document
 from ray_trainer.errors import ConfigError
 
 PLAIN = st.recursive(

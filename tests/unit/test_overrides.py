@@ -2,8 +2,8 @@
 
 import pytest
 
+from ray_trainer.config.overrides import apply_overrides, parse_overrides, split_overrides
 from ray_trainer.errors import ConfigError
-from ray_trainer.overrides import apply_overrides, parse_overrides, split_overrides
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from ray_trainer.cli.runfile import load_run_file, resolved
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.config import TrainingConfig
-from ray_trainer.documents import dump_yaml
+from ray_trainer.config.documents import dump_yaml
 from ray_trainer.errors import ConfigError
 
 RUN = """\

@@ -12,8 +12,8 @@ from section_cases import CASES, FIELDS, REQUIRED
 
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.config import TrainingConfig
+from ray_trainer.config.schema import Section, UnknownFieldError
 from ray_trainer.errors import ConfigError
-from ray_trainer.schema import Section, UnknownFieldError
 
 
 def section_with(section: type[Section], **values: object) -> Section:

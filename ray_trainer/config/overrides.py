@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ray_trainer.documents import parse_value
+from ray_trainer.config.documents import parse_value
 from ray_trainer.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"(?:--)?[A-Za-z_][\w-]*(?:\.[\w-]+)*=.*", re.DOTALL)

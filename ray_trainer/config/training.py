@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from ray_trainer.documents import read_document, write_document
-from ray_trainer.fields import (
+from ray_trainer.config.documents import read_document, write_document
+from ray_trainer.config.fields import (
     Count,
     CountOrZero,
     NotNegative,
@@ -19,8 +19,8 @@ from ray_trainer.fields import (
     Text,
     described,
 )
-from ray_trainer.schema import Rule, Section, refuse
-from ray_trainer.synonyms import TRAINING_SYNONYMS
+from ray_trainer.config.schema import Rule, Section, refuse
+from ray_trainer.config.synonyms import TRAINING_SYNONYMS
 
 Duration = Annotated[
     str,

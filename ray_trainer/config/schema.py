@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_
 import numpy as np
 from pydantic import ConfigDict
 
+from ray_trainer.config.fields import FieldCheck, Notation, did_you_mean, shortened
 from ray_trainer.errors import ConfigError, UnknownFieldError
-from ray_trainer.fields import FieldCheck, Notation, did_you_mean, shortened
 
 
 class Problem(NamedTuple):
