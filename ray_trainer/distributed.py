@@ -94,7 +94,7 @@ def same_error_everywhere() -> Iterator[None]:
 def _portable(error: Exception) -> RayTrainerError:
     """The error in a form that surely pickles."""
     if isinstance(error, RayTrainerError):
-        return type(error)(*error.args)
+        return error
     return RunError(f"rank {rank()}: {type(error).__name__}: {error}")
 
 

@@ -37,7 +37,13 @@ class UnknownFieldError(ConfigError, AttributeError):
 
 
 class DataError(RayTrainerError, ValueError):
-    """A dataset cannot be trained on: empty, of the wrong form, or with values out of range."""
+    """A dataset cannot be trained on: empty, of the wrong form, or with values out of range.
+
+    Attributes:
+        is_transient: storage could not deliver a sample at the moment, so another attempt may succeed.
+    """
+
+    is_transient = False
 
 
 class CheckpointError(RayTrainerError, RuntimeError):

@@ -78,9 +78,9 @@ class Journal:
         """Tell how the run, or this attempt, ended."""
         if interruption is Stop.NONE:
             reason = progress.stop_reason or "the configured length is reached"
-            self.event("run_finished", progress.step, progress.epoch, reason=reason, training_s=progress.elapsed_s)
+            self.event("run_finished", progress.step, progress.last_epoch, reason=reason, training_s=progress.elapsed_s)
         else:
-            self.event("interrupted", progress.step, progress.epoch, by=interruption.name)
+            self.event("interrupted", progress.step, progress.last_epoch, by=interruption.name)
 
     def event(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> None:
         """Record what happened, and tell whoever watches."""

@@ -84,7 +84,7 @@ class Saver:
         except CheckpointError as error:  # equal on all ranks
             self._failures += 1
             self._audience.journal.event(
-                "checkpoint_failed", self._progress.step, self._progress.epoch, reason=str(error)
+                "checkpoint_failed", self._progress.step, self._progress.last_epoch, reason=str(error)
             )
             logger.error("No checkpoint of step %d: %s", self._progress.step, error)
             if self._failures >= MAX_FAILED_SAVES:
@@ -108,9 +108,7 @@ class Saver:
 
     def _commit(self, metrics: Mapping[str, float]) -> None:
         progress = self._progress
-        # between two epochs the last completed step belongs to the one before
-        epoch = progress.epoch - int(progress.step_in_epoch == 0 and progress.step > 0)
-        meta = replace(self._meta, epoch=epoch, step=progress.step, metrics=dict(metrics))
+        meta = replace(self._meta, epoch=progress.last_epoch, step=progress.step, metrics=dict(metrics))
         record = self._manager.commit(self._state.state_dict(), self._rank_state(), meta)
         self._failures = 0
         self._saved = self._mark()

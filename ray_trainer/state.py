@@ -47,6 +47,11 @@ class Progress:
     epoch_logged: bool = False
     stop_reason: str | None = None
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch that the last completed step belongs to."""
+        return self.epoch - int(self.step_in_epoch == 0 and self.step > 0)
+
     def complete_step(self, num_samples: int, seconds: float, skipped: bool) -> None:
         """Count one step that all ranks have completed."""
         self.step += 1

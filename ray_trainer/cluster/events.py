@@ -44,7 +44,7 @@ class FailureRecorder(UserCallback):
         for failure in worker_exceptions.values():
             final = final_error(failure)
             if final is not None:
-                raise final
+                raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
 
 
 def _tracebacks(failures: Mapping[int, BaseException]) -> dict[str, str]:
@@ -75,7 +75,7 @@ def final_error(error: BaseException) -> RayTrainerError | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, FINAL_ERRORS):
-            return seen
+            return None if isinstance(seen, DataError) and seen.is_transient else seen
         inner = getattr(seen, "cause", None) or getattr(seen, "controller_failure", None)
         seen = inner if isinstance(inner, BaseException) else seen.__cause__
     return None

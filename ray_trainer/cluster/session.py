@@ -2,13 +2,11 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 import ray.data
-import ray.util
 
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.errors import ConfigError
@@ -22,7 +20,9 @@ TRAIN_SETTINGS = {
 }
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody gives this machine notice
-    "RAY_LOGGER_LEVEL": "error",  # a cleaner of Ray's complains each second that there is no dashboard to ask
+    # a cleaner of Ray Train's asks a dashboard each second; without one it complains, or asks that of another Ray
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
+    "RAY_LOGGER_LEVEL": "error",
 }
 
 
@@ -56,8 +56,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
 def _start(cluster: ClusterConfig) -> None:
     if cluster.address is None:
         # never the Ray that happens to be found on this machine: it may be anybody's
-        with _own_address():
-            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
         return
     try:
         ray.init(address=cluster.address, logging_level=logging.ERROR)
@@ -72,27 +71,6 @@ def _start(cluster: ClusterConfig) -> None:
             f"cluster.address = {cluster.address!r}: no cluster answers there ({error}). Start one with "
             "'ray start --head', give its host:port, or leave cluster.address out to train on this machine."
         ) from error
-
-
-@contextmanager
-def _own_address() -> Iterator[None]:
-    """Let processes of a Ray that is started inside know which one is theirs, where several run on a machine.
-
-    A cleaner of Ray Train's looks for "the" Ray otherwise, and fails with a traceback when it finds two.
-    """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    ours = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:

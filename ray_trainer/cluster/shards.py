@@ -97,7 +97,7 @@ class RayBlocks:
         for number in range(0 if self.is_windowed else len(self.packs)):
             values = self._opened([number])[0].columns.get(str(key))
             if isinstance(values, np.ndarray) and values.dtype != object:
-                yield torch.from_numpy(values)
+                yield torch.from_numpy(values.copy())  # torch warns of memory that is read-only
 
     def announce(self, indices: Indices) -> None:
         """Let Ray bring packs to this node, from other nodes or from disk, while others are worked on."""

@@ -14,7 +14,7 @@ import torch
 from ray.actor import ActorHandle
 
 from ray_trainer import distributed
-from ray_trainer.cluster.events import FINAL_ERRORS
+from ray_trainer.cluster.events import final_error
 from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import ConfigError, RayTrainerError
@@ -71,8 +71,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         trainer = _build_trainer(job, runtime)
         train, val = (_open(job.datasets.get(name)) for name in ("train", "val"))
         results = trainer.train(train, val, resume_from="auto")
-    except FINAL_ERRORS as error:
-        if _is_known_to_all(error):
+    except RayTrainerError as error:
+        if _is_known_to_all(error) and final_error(error) is not None:
             return Outcome(results=None, error=error, stop=Stop.NONE)
         raise
     except Exception as error:

@@ -13,7 +13,7 @@ from ray_trainer.data.batch import Batch
 from ray_trainer.data.fingerprint import fingerprint, sampled_rows, tensor_fingerprint
 from ray_trainer.data.indexed import IndexedDataset
 from ray_trainer.data.order import Indices
-from ray_trainer.data.samples import Collate, SampleReader, shortened
+from ray_trainer.data.samples import Collate, SampleReader, shortened, unreadable
 from ray_trainer.errors import DataError
 
 
@@ -76,9 +76,7 @@ class ColumnReader:
         try:
             columns = self._dataset[wanted]
         except Exception as error:  # a broken file, an image that does not decode: it is raised again
-            raise DataError(
-                f"One of the samples {shortened(wanted)} could not be read: {type(error).__name__}: {error}"
-            ) from error
+            raise unreadable(f"One of the samples {shortened(wanted)} could not be read", error) from error
         return {name: as_column(values) for name, values in columns.items()}
 
     def fingerprint(self) -> str:

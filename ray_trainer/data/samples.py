@@ -104,9 +104,7 @@ class SampleReader:
         try:
             return self._dataset[index]
         except Exception as error:  # the user's dataset may raise anything; it is raised again
-            raise DataError(
-                f"Sample {index} of {self._name} could not be read: {type(error).__name__}: {error}"
-            ) from error
+            raise unreadable(f"Sample {index} of {self._name} could not be read", error) from error
 
     def _read_many(self, wanted: list[int], seed: int, epoch: int) -> list[Any]:
         seed_sample(seed, epoch, wanted[0])
@@ -114,10 +112,16 @@ class SampleReader:
             return list(self._dataset.__getitems__(wanted))
         except Exception as error:  # read again one by one, to name the sample
             self._read_each(wanted, seed, epoch)
-            raise DataError(
-                f"The samples {shortened(wanted)} of {self._name} could not be read together: "
-                f"{type(error).__name__}: {error}"
+            raise unreadable(
+                f"The samples {shortened(wanted)} of {self._name} could not be read together", error
             ) from error
+
+
+def unreadable(what: str, error: Exception) -> DataError:
+    """The error to raise for samples that could not be read."""
+    explained = DataError(f"{what}: {type(error).__name__}: {error}")
+    explained.is_transient = isinstance(error, OSError)
+    return explained
 
 
 def shortened(indices: list[int]) -> str:

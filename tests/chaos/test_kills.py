@@ -1,0 +1,133 @@
+"""`ray-trainer train`, killed and stopped in the middle of an epoch, ends as if nothing had happened."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster_runs import (
+    Command,
+    assert_same_run,
+    kill,
+    newest_checkpoint,
+    step_of,
+    training,
+    whole_lines,
+    write_run_file,
+)
+from experiments import events
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits.py"
+STEPS_AN_EPOCH, EPOCHS = 45, 6  # 1,437 images, 32 a step
+KILL_AT_STEP = 50  # after the checkpoint of step 40, in the second epoch
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    return digits(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with training(digits(tmp_path_factory.mktemp("undisturbed"))) as command:
+        assert command.wait() == 0, command.output
+        assert "Traceback" not in command.output
+    assert step_of(newest_checkpoint(command.run_dir)) == STEPS_AN_EPOCH * EPOCHS
+    return command.run_dir
+
+
+def digits(directory: Path) -> Path:
+    """The example, logged at each step and saved in the middle of epochs only."""
+    return write_run_file(
+        directory / "digits.yaml",
+        experiment=f"{DIGITS}:experiment",
+        model={"width": 32},
+        training={
+            "epochs": EPOCHS,
+            "batch_size": 16,
+            "learning_rate": 2e-3,
+            "lr_scheduler_type": "cosine",
+            "monitor": "val_accuracy",
+            "mode": "max",
+            "save_every_n_epochs": None,
+            "save_every_n_steps": 20,
+            "log_every_n_steps": 1,
+        },
+        cluster={"num_workers": 2, "name": "digits", "storage_path": str(directory), "max_failures": 3},
+    )
+
+
+def finish(run_file: Path) -> Command:
+    """The same command again, to the end."""
+    with training(run_file) as command:
+        assert command.wait() == 0, command.output
+    return command
+
+
+def stop_after_steps(run_file: Path, step: int, stop: Callable[[Command], None]) -> tuple[int, str]:
+    """Start the command, stop it once it is there; its exit code and output."""
+    with training(run_file) as command:
+        command.wait_for_step(step)
+        stop(command)
+        return command.wait(), command.output
+
+
+def assert_resumed_within_an_epoch(run_dir: Path, times: int) -> None:
+    resumed = events(run_dir, "resumed")
+    assert len(resumed) == times
+    assert all(0 < event["step"] < STEPS_AN_EPOCH * EPOCHS for event in resumed)
+    assert all(event["step"] % STEPS_AN_EPOCH for event in resumed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(run_file, undisturbed, rank):
+    with training(run_file) as command:
+        command.wait_for_step(KILL_AT_STEP)
+        pid = command.worker_pid(rank)
+        kill(pid)
+        assert command.wait() == 0, command.output
+        output = command.output
+
+    (failure,) = events(command.run_dir, "failure")
+    assert f"rank {rank}: the worker process died" in failure["cause"]
+    assert_resumed_within_an_epoch(command.run_dir, times=1)
+    assert_same_run(undisturbed, command.run_dir)
+    assert "worker process died" in output
+    assert "Traceback" not in output
+
+
+def test_same_command_after_the_driver_was_killed_ends_as_the_undisturbed_one(run_file, undisturbed):
+    with training(run_file) as command:
+        command.wait_for_step(KILL_AT_STEP)
+        command.send(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
+        command.wait_until_nothing_is_left()
+    killed_at = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]
+    assert KILL_AT_STEP <= killed_at < STEPS_AN_EPOCH * EPOCHS
+
+    finish(run_file)
+
+    assert_resumed_within_an_epoch(command.run_dir, times=1)
+    assert_same_run(undisturbed, command.run_dir)
+
+
+def test_run_stopped_by_sigterm_and_by_ctrl_c_goes_on_from_its_last_step(run_file, undisturbed):
+    run_dir = run_file.parent / "digits"
+    code, output = stop_after_steps(run_file, KILL_AT_STEP, lambda command: command.send(signal.SIGTERM))
+    terminated_at = step_of(newest_checkpoint(run_dir))
+    assert code == 143, output
+    assert "Traceback" not in output
+    assert terminated_at == whole_lines(run_dir / "metrics.jsonl")[-1]["step"] >= KILL_AT_STEP
+
+    code, output = stop_after_steps(run_file, terminated_at + 10, Command.press_ctrl_c)
+    interrupted_at = step_of(newest_checkpoint(run_dir))
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert interrupted_at == whole_lines(run_dir / "metrics.jsonl")[-1]["step"] >= terminated_at + 10
+
+    finish(run_file)
+
+    assert [event["step"] for event in events(run_dir, "resumed")] == [terminated_at, interrupted_at]
+    assert_same_run(undisturbed, run_dir)

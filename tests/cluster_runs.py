@@ -1,0 +1,266 @@
+"""Runs on Ray as a user starts them: the command line as a process of its own, watched and killed from outside.
+
+Processes are found through /proc, so this works on Linux only, and nothing but what a test itself has started is
+ever touched.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import ray
+import yaml
+from experiments import assert_same, metric_rows
+from safetensors.torch import load_file
+
+T = TypeVar("T")
+
+PATIENCE_S = 240  # for what takes ten seconds on a machine that does nothing else
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+@contextmanager
+def ray_of_two_cpus() -> Iterator[None]:
+    """A Ray of this process, which `fit` then uses."""
+    with short_directory() as temp_dir:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            _temp_dir=temp_dir,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def short_directory() -> Iterator[str]:
+    """Where Ray may keep its sockets, whose paths must not be longer than 107 characters."""
+    path = tempfile.mkdtemp(prefix="rt", dir="/tmp")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_run_file(path: Path, **sections: Any) -> Path:
+    """A run file with these sections."""
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+class Command:
+    """``ray-trainer train`` in a process group of its own.
+
+    Attributes:
+        run_dir: of the run that it trains.
+    """
+
+    def __init__(self, run_file: Path, ray_temp_dir: str, log: IO[bytes]) -> None:
+        cluster = yaml.safe_load(run_file.read_text())["cluster"]
+        self.run_dir = Path(cluster["storage_path"], cluster["name"])
+        hidden = ("RAY_ADDRESS", "PYTHONPATH")
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ray_trainer", "train", str(run_file)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment | {"RAY_TMPDIR": ray_temp_dir},
+            start_new_session=True,
+        )
+        self._seen: set[tuple[int, str]] = set()
+
+    @property
+    def output(self) -> str:
+        """All that it has printed so far."""
+        return os.pread(self._log.fileno(), 10_000_000, 0).decode()
+
+    def wait(self) -> int:
+        """The exit code; negative if a signal ended it."""
+        try:
+            return self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the command did not end:\n{self.output}") from None
+
+    def wait_for_step(self, step: int) -> int:
+        """The newest step of the run, once it is at least this one."""
+
+        def newest() -> int | None:
+            assert self._process.poll() is None, f"the command ended early:\n{self.output}"
+            steps = [row["step"] for row in whole_lines(self.run_dir / "metrics.jsonl")]
+            return steps[-1] if steps and steps[-1] >= step else None
+
+        return self._until(newest, f"step {step}")
+
+    def worker_pid(self, rank: int) -> int:
+        """The process of one of two ranks. Rank 0 is the one that has files of the run open."""
+
+        def found() -> int | None:
+            workers = [pid for pid in self._family() if command_line(pid).startswith("ray::RayTrainWorker")]
+            writers = [pid for pid in workers if has_open(pid, self.run_dir)]
+            if len(workers) != 2 or len(writers) != 1:
+                return None
+            return writers[0] if rank == 0 else next(pid for pid in workers if pid not in writers)
+
+        return self._until(found, f"the worker of rank {rank}")
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the command alone."""
+        self._family()
+        self._process.send_signal(number)
+
+    def press_ctrl_c(self) -> None:
+        """What a terminal does: SIGINT to all processes of the group."""
+        self._family()
+        os.killpg(self._process.pid, signal.SIGINT)
+
+    def wait_until_nothing_is_left(self) -> None:
+        """Until no process of the command or of its Ray, as far as they were seen, is alive."""
+        self._until(lambda: not any(map(is_alive, self._seen)) or None, "the end of all processes")
+
+    def close(self) -> None:
+        """End whatever is left of it."""
+        self._family()
+        for pid, started in self._seen:
+            if is_alive((pid, started)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _family(self) -> list[int]:
+        """The command and all that descend from it; also remembered."""
+        family = descendants(self._process.pid)
+        self._seen |= {(pid, started_at(pid)) for pid in family}
+        return family
+
+    def _until(self, look: Callable[[], T | None], what: str) -> T:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            found = look()
+            if found is not None:
+                return found
+            time.sleep(0.005)
+        raise AssertionError(f"waited in vain for {what}:\n{self.output}")
+
+
+@contextmanager
+def training(run_file: Path) -> Iterator[Command]:
+    """``ray-trainer train RUN_FILE``, under way; nothing of it is alive afterwards."""
+    with short_directory() as ray_temp_dir, tempfile.TemporaryFile() as log:
+        command = Command(run_file, ray_temp_dir, log)
+        try:
+            yield command
+        finally:
+            command.close()
+
+
+def kill(pid: int) -> None:
+    """As ``kill -9``; returns when the process is gone."""
+    identity = (pid, started_at(pid))
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while is_alive(identity):
+        assert time.monotonic() < deadline, f"process {pid} survived SIGKILL"
+        time.sleep(0.005)
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and its children, and theirs."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        fields = stat_fields(int(entry.name))
+        if fields:
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+def stat_fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat, those after the name: state, parent, ...; none if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def started_at(pid: int) -> str:
+    """Tells a process from a later one with the same number."""
+    fields = stat_fields(pid)
+    return fields[19] if fields else ""
+
+
+def is_alive(identity: tuple[int, str]) -> bool:
+    """Whether the process with this number and time of start still runs."""
+    pid, started = identity
+    fields = stat_fields(pid)
+    return bool(fields) and fields[19] == started and fields[0] not in ("Z", "X")
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def has_open(pid: int, directory: Path) -> bool:
+    """Whether a process has a file in a directory open."""
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if link.readlink().is_relative_to(directory):
+                    return True
+    return False
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file that somebody may be writing."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    return max(run_dir.glob("checkpoint_epoch*/manifest.json"), key=lambda path: path.parent.name[-8:]).parent
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "manifest.json").read_text())["step"])
+
+
+def checkpoints_of(run_dir: Path) -> list[int]:
+    """The steps of the whole checkpoints."""
+    return sorted(step_of(path.parent) for path in run_dir.glob("checkpoint_epoch*/manifest.json"))
+
+
+def tensors(checkpoint: Path) -> dict[str, Any]:
+    """Weights and the optimizer's state."""
+    return {name: load_file(checkpoint / name) for name in TENSOR_FILES}
+
+
+def assert_same_run(whole: Path, other: Path) -> None:
+    """Same last step, same tensors to the bit, same metrics, each of them once."""
+    assert newest_checkpoint(whole).name == newest_checkpoint(other).name
+    assert_same(tensors(newest_checkpoint(whole)), tensors(newest_checkpoint(other)))
+    assert_same(metric_rows(whole), metric_rows(other))
+    assert_each_row_once(other)
+
+
+def assert_each_row_once(run_dir: Path) -> None:
+    keys = [(row["split"], row["step"]) for row in metric_rows(run_dir)]
+    assert len(keys) == len(set(keys))

@@ -1,0 +1,82 @@
+"""An experiment in which that goes wrong which ``model.fault`` names."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import ray.data
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ray_trainer import Experiment, TaskSpec, TrainingConfig
+
+SIZE, CLASSES = 40, 3
+
+
+class Points(Dataset):
+    """Random points in three classes, some of which may be wrong."""
+
+    def __init__(self, size: int = SIZE, width: int = 5) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.randn(size, width, generator=generator)
+        self.labels = torch.randint(0, CLASSES, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"features": self.features[index], "labels": self.labels[index]}
+
+
+def points_with(name: str, index: int, value: float) -> Points:
+    points = Points()
+    getattr(points, name)[index] = value
+    return points
+
+
+def as_ray_data(points: Points) -> ray.data.Dataset:
+    rows = [{name: value.numpy() for name, value in points[i].items()} for i in range(len(points))]
+    return ray.data.from_items(rows, override_num_blocks=4)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+DATASETS: dict[str, Callable[[], dict[str, Any]]] = {
+    "no samples": lambda: {"train": Points(size=0)},
+    "no rows": lambda: {"train": ray.data.range(8).filter(lambda row: row["id"] > 8)},
+    "first label": lambda: {"train": points_with("labels", 0, 7)},
+    "late label": lambda: {"train": points_with("labels", SIZE - 1, 7)},
+    "late label in Ray Data": lambda: {"train": as_ray_data(points_with("labels", SIZE - 1, 7))},
+    "label of validation": lambda: {"train": Points(), "val": points_with("labels", 0, -3)},
+    "wide features": lambda: {"train": Points(width=6)},
+    "stuck valve": lambda: {"train": points_with("features", 20, 1000.0)},
+    "build_datasets": lambda: fail(FileNotFoundError("no points at /data/points.csv")),
+    "no train": lambda: {"training": Points()},
+}
+
+
+class Valve(nn.Module):
+    """Lets everything pass except a thousand."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if (features == 1000).any():
+            raise RuntimeError("the valve is stuck")
+        return features
+
+
+def build_model(config: SimpleNamespace) -> nn.Module:
+    if config.fault == "build_model":
+        raise KeyError("depth")
+    return nn.Sequential(Valve(), nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, Any]:
+    return DATASETS[config.fault]() if config.fault in DATASETS else {"train": Points()}
+
+
+experiment = Experiment(
+    build_model, build_datasets, TaskSpec("points", "tabular_classification", input_fields=["features"])
+)
