@@ -34,15 +34,11 @@ def scale(batch: dict[str, Any]) -> dict[str, Any]:
 
 def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, ray.data.Dataset]:
     images, labels = load_digits(return_X_y=True)
-    rows = [
-        {"image": image.reshape(8, 8), "label": int(label)}
-        for image, label in zip(images, labels, strict=True)
-    ]
+    rows = [{"image": image.reshape(8, 8), "label": int(label)} for image, label in zip(images, labels, strict=True)]
     order = np.random.default_rng(0).permutation(len(rows))
     parts = {"train": order[360:], "val": order[:360]}
     return {
-        name: ray.data.from_items([rows[index] for index in part]).map_batches(scale)
-        for name, part in parts.items()
+        name: ray.data.from_items([rows[index] for index in part]).map_batches(scale) for name, part in parts.items()
     }
 
 
