@@ -100,7 +100,7 @@ class TrainingLoop:
         except BaseException:
             self._statistics.put_back()
             self._accumulator.discard()
-            self.is_whole = self._statistics.are_complete
+            self.is_whole = self._statistics.are_complete()
             raise
 
         local_count = sum(float(result.loss.count) for result in results)
@@ -222,8 +222,6 @@ class RunningStatistics:
     A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
     would stay in them for ever.
 
-    Attributes:
-        are_complete: the model keeps no other buffers that a forward pass might change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -231,12 +229,21 @@ class RunningStatistics:
         self._live = [buffer for layer in layers for buffer in layer.buffers()]
         self._saved = [buffer.clone() for buffer in self._live]
         known = {id(buffer) for buffer in self._live}
-        self.are_complete = all(id(buffer) in known for buffer in model.buffers())
+        self._model = model
+        self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
+        self._versions: list[int] = []
 
     def remember(self) -> None:
         """Keep the values of this moment."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
+        self._versions = [buffer._version for buffer in self._others]
+
+    def are_complete(self) -> bool:
+        """Whether no other buffer of the model was written or replaced since."""
+        there = {id(buffer) for buffer in self._model.buffers()}
+        is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
+        return is_there and self._versions == [buffer._version for buffer in self._others]
 
     def put_back(self) -> None:
         """Return to the values that were kept."""

@@ -25,13 +25,42 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to train. "
             "Unfreeze some, or build the model with parameters."
         )
-    fused = all(parameter.is_floating_point() for parameter in parameters)
+    has_sparse_gradients = any(getattr(module, "sparse", False) for module in model.modules())
+    fused = not has_sparse_gradients and all(parameter.is_floating_point() for parameter in parameters)
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": torch.optim.AdamW,
         "adam": torch.optim.Adam,
         "sgd": torch.optim.SGD,
     }
     return classes[config.optimizer](parameters, lr=config.learning_rate, fused=fused, **_settings(config))
+
+
+def refuse_unusable(model: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> None:
+    """Check an optimizer and a schedule that the user built.
+
+    Raises:
+        ConfigError: they would fail in the first step, or never have an effect.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "optimizer: LBFGS asks for the loss several times a step, which is not supported. Use another."
+        )
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        if not all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ConfigError(
+                "optimizer: it has parameters that are not the model's, so it would train something else. "
+                "Build it from model.parameters() of the model that is passed."
+            )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(
+            "scheduler: ReduceLROnPlateau follows a metric, but schedules are advanced by each update here. "
+            "Use one that counts steps."
+        )
+    if scheduler is not None and optimizer is None:
+        raise ConfigError("scheduler: it belongs to an optimizer; pass that as well, as optimizer=...")
+    if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError("scheduler: it changes the rate of another optimizer than the one that is passed.")
 
 
 def follow_config(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:

@@ -7,7 +7,7 @@ import torch
 from ray_trainer import distributed
 from ray_trainer.config import TrainingConfig
 from ray_trainer.evaluation import ValidationLoop
-from ray_trainer.hooks import HookCaller, Request, StepRecord, requested
+from ray_trainer.hooks import NO_REQUEST, HookCaller, Request, StepRecord, requested
 from ray_trainer.hooks.checks import Hook
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.recording import Recorder
@@ -152,22 +152,28 @@ class Run:
 
     def _call_after_step(self, record: StepRecord) -> None:
         hooks = self._hooks
+        request = NO_REQUEST
         if hooks.on_batch_end is not None:
             first = (self._progress.step_in_epoch - 1) * self._sources.micro_batches_a_step
             for index, loss in enumerate(self._loop.batch_losses, start=first):
-                self._ask(hooks.on_batch_end, index, float(loss.mean.detach()))
-        self._ask(hooks.on_step_end, record)
+                request |= requested(hooks.on_batch_end(index, float(loss.mean.detach())))
+        if hooks.on_step_end is not None:
+            request |= requested(hooks.on_step_end(record))
+        if hooks.on_batch_end is not None or hooks.on_step_end is not None:
+            self._agree_on(request)  # once a step: ranks may have different numbers of micro-batches
 
     def _ask(self, hook: Hook | None, *arguments: object) -> None:
-        """Call a hook and carry out what it asks for on any rank. Collective if the hook is there."""
-        if hook is None:
-            return
-        mine = torch.tensor([[requested(hook(*arguments)).value]], dtype=torch.float64)
+        """Call a hook that every rank has or none, and carry out what it asks for. Collective if it is there."""
+        if hook is not None:
+            self._agree_on(requested(hook(*arguments)))
+
+    def _agree_on(self, request: Request) -> None:
+        """Carry out what the hooks of any rank ask for. Collective."""
+        mine = torch.tensor([[request.value]], dtype=torch.float64)
         for value in distributed.gather_rows(mine).flatten().tolist():
-            request = Request(int(value))
-            if Request.STOP in request and self._progress.stop_reason is None:
-                self._progress.stop_reason = f"{getattr(hook, '__qualname__', 'a hook')} asked to stop"
-            self._save_requested |= Request.SAVE in request
+            if Request.STOP in Request(int(value)) and self._progress.stop_reason is None:
+                self._progress.stop_reason = "a hook asked to stop"
+            self._save_requested |= Request.SAVE in Request(int(value))
 
     def _moment(self, is_epoch_end: bool) -> Moment:
         progress = self._progress

@@ -17,8 +17,9 @@ from ray_trainer.triggers import Moment, any_of
 
 logger = logging.getLogger(__name__)
 
-#: A save that failed is told and training goes on; this many failures in a row end the run.
+#: A save that failed is told and training goes on; so many failures in a row, over so long, end the run.
 MAX_FAILED_SAVES = 3
+MAX_FAILING_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Saver:
             minutes=config.save_every_minutes,
         )
         self._failures = 0
+        self._failing_since_s = 0.0
         self._saved = self._mark()
         self.saved_at_s = progress.elapsed_s
 
@@ -83,11 +85,15 @@ class Saver:
             self._commit(metrics)
         except CheckpointError as error:  # equal on all ranks
             self._failures += 1
+            self.saved_at_s = self._progress.elapsed_s  # the next one is due an interval later
+            if self._failures == 1:
+                self._failing_since_s = self._progress.elapsed_s
             self._audience.journal.event(
                 "checkpoint_failed", self._progress.step, self._progress.last_epoch, reason=str(error)
             )
             logger.error("No checkpoint of step %d: %s", self._progress.step, error)
-            if self._failures >= MAX_FAILED_SAVES:
+            failing_s = self._progress.elapsed_s - self._failing_since_s
+            if self._failures >= MAX_FAILED_SAVES and failing_s >= MAX_FAILING_S:
                 raise
 
     def save_last(self, metrics: Mapping[str, float]) -> None:

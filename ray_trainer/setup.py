@@ -1,6 +1,7 @@
 """What is decided and checked before a run begins, so that nothing wrong is found after something was written."""
 
 import logging
+import traceback
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,7 +15,7 @@ from ray_trainer.config import TrainingConfig
 from ray_trainer.data.batch import BatchPlan, to_device
 from ray_trainer.data.ordered import OrderedSource
 from ray_trainer.data.source import BatchSource
-from ray_trainer.errors import ConfigError, StateMismatchError
+from ray_trainer.errors import ConfigError, DataError, RayTrainerError, StateMismatchError
 from ray_trainer.seeding import isolated_rng
 from ray_trainer.state import Progress
 from ray_trainer.task import Task
@@ -198,11 +199,15 @@ def refuse_changes(saved: Manifest | None, config: TrainingConfig, fingerprint: 
     problems = [
         f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in _OF_THE_ORDER if name in changed
     ]
+    if "optimizer" in changed:
+        problems.append(
+            "the optimizer was {!r} and is {!r}, which cannot take over its state".format(*changed["optimizer"])
+        )
     if saved.data_fingerprint and saved.data_fingerprint != fingerprint:
         problems.append("the training data is not the data that the run was started with")
     if problems:
         raise StateMismatchError(
-            "The run cannot be continued, because its steps would take other samples: " + "; ".join(problems) + ". "
+            "The run cannot be continued, because its steps would not be the same: " + "; ".join(problems) + ". "
             "Bring back what was there, or start a new run under another name or directory."
         )
     for name, (old, new) in changed.items():
@@ -229,6 +234,15 @@ def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources:
             for source in (sources.train, sources.val):
                 if source is not None and source.is_repeatable:
                     _try(task, model, device, source)
+    except (RayTrainerError, OSError):
+        raise
+    except Exception as error:  # the user's model may raise anything, and none of it gets better by waiting
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"The first batch fails in the model or the loss: {type(error).__name__}: {error} "
+            f"({last.filename}, line {last.lineno}: {last.line}). Compare what the data gives with what the model "
+            "takes and returns."
+        ) from error
     finally:
         model.train(was_training)
 

@@ -11,6 +11,7 @@ from ray_trainer import distributed
 from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, Manifest
 from ray_trainer.config import TrainingConfig
 from ray_trainer.data import BatchSource, UniversalDataModule
+from ray_trainer.errors import ConfigError
 from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.forward import Forward
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor
@@ -19,7 +20,14 @@ from ray_trainer.journal import Journal
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.losses import LossStrategy
 from ray_trainer.metrics import MetricsTracker, MetricSums
-from ray_trainer.optim import build_optimizer, build_scaler, build_scheduler, follow_config, follow_schedule
+from ray_trainer.optim import (
+    build_optimizer,
+    build_scaler,
+    build_scheduler,
+    follow_config,
+    follow_schedule,
+    refuse_unusable,
+)
 from ray_trainer.recording import Books, Recorder
 from ray_trainer.run import Run
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
@@ -86,9 +94,16 @@ class Trainer:
         data_collator: Any = None,
         runtime: Runtime | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is a {type(model).__name__}; pass an nn.Module.")
+        if not isinstance(training_config, TrainingConfig):
+            raise ConfigError(f"training_config is a {type(training_config).__name__}; pass a TrainingConfig.")
         training_config.validate()
         if task_spec is not None:
+            if not isinstance(task_spec, TaskSpec):
+                raise ConfigError(f"task_spec is a {type(task_spec).__name__}; pass a TaskSpec, or None.")
             task_spec.validate()
+        refuse_unusable(model, optimizer, scheduler)
         self.hooks = DefaultHooks() if hooks is None else hooks
         self._hooks = HookCaller(self.hooks)
         self.config = config
@@ -185,6 +200,7 @@ class Trainer:
 
     def _carry_out(self, setup: Setup, saved: LoadedCheckpoint | None, resume_from: str | None) -> Stop:
         """Connect the parts, give them their state, and run; returns why the outside ended it, if it did."""
+        self._hooks.align()
         self.progress, self.metrics_tracker = Progress(), MetricsTracker()
         self.gradient_accumulator.scheduler = self.scheduler
         self.checkpoint_manager.policy = replace(self.checkpoint_manager.policy, monitor=setup.monitor)

@@ -1,18 +1,21 @@
 """The model's weights alone, without a trainer."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 
-from ray_trainer.checkpoint.catalog import is_checkpoint, list_checkpoints, open_storage
+from ray_trainer.checkpoint.catalog import checkpoint_names, is_checkpoint, list_checkpoints, open_storage
 from ray_trainer.checkpoint.layout import read_manifest, read_model
 from ray_trainer.checkpoint.manifest import MANIFEST
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
 from ray_trainer.checkpoint.tensors import STORABLE_DTYPES, TensorFile
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ray_trainer.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 Which = Literal["best", "newest"]
 
@@ -64,13 +67,18 @@ def _choose(place: Storage, which: Which) -> Storage:
         raise ValueError(f"which ({which!r}) must be 'best' or 'newest'.")
     if is_checkpoint(place):
         return place
+    finished = [name for name in checkpoint_names(place) if place.child(name).exists(MANIFEST)]
     records = list_checkpoints(place)
-    if not records:
+    if not finished:
         raise CheckpointNotFoundError(f"No checkpoints found in {place.uri}")
+    if which == "newest" or not records:
+        return place.child(finished[-1])  # whole or not: no other is taken in its place
+    for name in finished:
+        if name not in {record.name for record in records}:
+            logger.warning("%s is not whole and is passed over.", place.child(name).uri)
     newest = records[-1]
     policy = RetentionPolicy(None, 1, newest.monitor, cast(Mode, newest.mode))
-    chosen = policy.best(records) if which == "best" else newest
-    return place.child((chosen or newest).name)
+    return place.child((policy.best(records) or newest).name)
 
 
 def _read_weights(checkpoint: Storage) -> dict[str, torch.Tensor]:

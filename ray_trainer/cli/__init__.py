@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ray_trainer.cli import config, export, train
 from ray_trainer.config.overrides import split_overrides
-from ray_trainer.errors import ConfigError, DataError, RayTrainerError
+from ray_trainer.errors import CheckpointNotFoundError, ConfigError, DataError, RayTrainerError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(args.run(args))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointNotFoundError) as error:
         print(f"ray-trainer: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except RayTrainerError as error:
+    except (RayTrainerError, OSError) as error:
         print(f"ray-trainer: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

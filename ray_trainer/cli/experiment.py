@@ -62,6 +62,23 @@ def experiment_module(reference: str, base_dir: str | Path) -> ModuleType:
     return _import_named(source, roots)
 
 
+def modules_beside(experiment: ModuleType, base_dir: str | Path) -> list[ModuleType]:
+    """The experiment's module, and all imported ones that lie in its directory or in the run file's."""
+    places = {Path(base_dir).resolve()}
+    if getattr(experiment, "__file__", None):
+        places.add(Path(str(experiment.__file__)).resolve().parent)
+    library = Path(sysconfig.get_paths()["stdlib"]).resolve()
+    found = [experiment]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if module is experiment or name.partition(".")[0] in ("__main__", "ray_trainer") or not isinstance(file, str):
+            continue
+        parents = set(Path(file).resolve().parents)
+        if places & parents and library not in parents and _is_users(file):
+            found.append(module)
+    return found
+
+
 def _find(source: str, roots: list[Path]) -> Path:
     for root in roots:
         if (root / source).is_file():

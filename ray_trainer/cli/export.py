@@ -3,6 +3,7 @@
 import argparse
 
 from ray_trainer.checkpoint import export_weights
+from ray_trainer.errors import ConfigError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +20,11 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: there is no whole checkpoint.
+        ConfigError: a file cannot be read or written.
     """
-    export_weights(args.source, args.output, which="newest" if args.newest else "best")
+    try:
+        export_weights(args.source, args.output, which="newest" if args.newest else "best")
+    except OSError as error:
+        raise ConfigError(f"{args.source} cannot be exported to {args.output!r}: {error}") from error
     print(args.output)
     return 0

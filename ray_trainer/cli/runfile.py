@@ -70,7 +70,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     try:
         document = read_document(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no run file {path}{_neighbours(path)}.") from error
+        raise ConfigError(f"There is no run file {path}{_neighbours(path) or '.'}") from error
     values = apply_overrides(document.values, changes)
     given = {name: value for name, value in values.items() if value is not None}  # empty: its defaults
     run_file, problems = RunFile.examine(given, as_yaml)
@@ -103,5 +103,6 @@ def _is_within(name: str, whole: str) -> bool:
 
 
 def _neighbours(path: Path) -> str:
-    there = sorted(file.name for file in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    files = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
+    there = sorted(file.name for file in files if file.is_file())
     return did_you_mean(path.name, there)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray_trainer.cli.experiment import experiment_module, load_experiment
+from ray_trainer.cli.experiment import experiment_module, load_experiment, modules_beside
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
 from ray_trainer.config.documents import dump_yaml
 from ray_trainer.metrics.terminal import LiveDisplay
@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ray_trainer.cluster import fit
 
-    # workers elsewhere do not have the user's file, so its functions travel with the run
-    cloudpickle.register_pickle_by_value(experiment_module(run_file.experiment, args.run_file.parent))
+    # workers elsewhere do not have the user's files, so what is in them travels with the run
+    for module in modules_beside(experiment_module(run_file.experiment, args.run_file.parent), args.run_file.parent):
+        cloudpickle.register_pickle_by_value(module)
     with LiveDisplay() as display:
         result = fit(experiment, run_file.training, run_file.cluster, run_file.model, display=display)
     _summarise(result.results, result.run_dir)

@@ -1,6 +1,8 @@
 """`fit`: from an experiment and its configuration to a `TorchTrainer`, and from its end to a result."""
 
 import logging
+import math
+import os
 import signal
 import threading
 import time
@@ -106,6 +108,7 @@ def fit(
     _validate(training_config, cluster)
     model_values = dict(model_config or {})
     storage = Storage.open(cluster.storage_path).child(str(cluster.name))
+    _require_writable(storage)
     is_new = not storage.exists()
     with ray_session(cluster):
         require_resources(cluster)
@@ -146,6 +149,16 @@ def _validate(training: TrainingConfig, cluster: ClusterConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def _require_writable(storage: Storage) -> None:
+    """Refuse a place where nothing can be written, where that can be seen without writing."""
+    if not storage.is_local:
+        return
+    there = next(place for place in (storage.local_path(), *storage.local_path().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written" if there.is_dir() else "is a file"
+        raise ConfigError(f"cluster.storage_path: {there} {what}. Name a directory in which the run may write.")
+
+
 def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig) -> TrainingConfig:
     """A run whose number of workers may change takes the global batch of the greatest number."""
     least, most = worker_bounds(cluster)
@@ -182,7 +195,7 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
         train_loop_config={"job": job},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo",
-            timeout_s=int(cluster.collective_timeout_s),
+            timeout_s=math.ceil(cluster.collective_timeout_s),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
@@ -223,13 +236,18 @@ def _run(trainer: TorchTrainer, link: ActorHandle, display: Display, storage: St
         if final is not None:
             return Outcome(results=None, error=final, stop=Stop.NONE)
         raise RunError(explain_failure(ended, storage)) from ended
+    if isinstance(ended, ray.exceptions.RayError):
+        raise RunError(explain_failure(ended, storage)) from ended
     if isinstance(ended, BaseException):
         raise ended
     return ended
 
 
 def _show(link: ActorHandle, wish: int, display: Display) -> None:
-    progress, events = cast(tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(wish)))
+    try:
+        progress, events = cast(tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(wish)))
+    except ray.exceptions.RayActorError:
+        return  # it starts anew; the training does not need it
     for text in filter(None, map(tell, events)):
         display.message(text)
     if progress:

@@ -41,7 +41,7 @@ def open_link() -> ActorHandle:
             events, self._events = self._events, []
             return self._progress, events
 
-    return ray.remote(num_cpus=0)(Link).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1)(Link).remote()
 
 
 class WorkerLink:
@@ -85,7 +85,7 @@ class WorkerLink:
                 assert self._link is not None
                 wish = ray.get(self._link.exchange.remote(dict(self._progress), events), timeout=30)
             except ray.exceptions.RayError:
-                return  # the driver is gone: nobody is watching
+                wish = int(Stop.NONE)  # nobody is watching at the moment, or ever again
             self.stop = max(self.stop, Stop(wish))
             if is_last:
                 return

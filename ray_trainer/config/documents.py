@@ -103,6 +103,8 @@ def _parse_json(text: str, path: Path) -> Document:
 
     try:
         return Document(json.loads(text, object_pairs_hook=unique), {})
+    except RecursionError as error:
+        raise ConfigError(f"Invalid JSON in {path}: it is nested too deeply.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"Invalid JSON in {path}, line {error.lineno}: {error.msg}.") from error
 
@@ -114,6 +116,8 @@ def _parse_yaml(text: str, source: str) -> Document:
         if node is None:
             return Document(None, {})
         return Document(loader.construct_document(node), dict(_lines(node, "", _LINE_DEPTH)))
+    except RecursionError as error:
+        raise ConfigError(f"Invalid YAML in {source}: it is nested too deeply, or holds itself.") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""

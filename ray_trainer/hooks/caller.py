@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray_trainer.distributed import gather_objects
 from ray_trainer.errors import ConfigError
 from ray_trainer.hooks.checks import HOOK_NAMES, Hook, errors_of, implemented
 
 logger = logging.getLogger(__name__)
+
+
+_ASKED = ("on_batch_end", "on_step_end", "on_validation_end", "on_epoch_end")
 
 
 class HookCaller:
@@ -45,6 +49,12 @@ class HookCaller:
             setattr(self, name, implemented(hooks, name))
         self._save: Hook | None = getattr(hooks, "state_dict", None)
         self._load: Hook | None = getattr(hooks, "load_state_dict", None)
+
+    def align(self) -> None:
+        """Let what hooks ask for be agreed on where only some ranks have them: the others get no-ops. Collective."""
+        mine = [name for name in _ASKED if getattr(self, name) is not None]
+        for name in {name for names in gather_objects(mine) for name in names} - set(mine):
+            setattr(self, name, _say_nothing)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -87,3 +97,7 @@ def _call_after(error: BaseException, hook: Hook | None, *arguments: object) -> 
     except Exception as hook_error:  # whatever it is, the first error is the one to be raised
         logger.exception("%s failed after the training had failed.", getattr(hook, "__qualname__", hook))
         error.add_note(f"Then {getattr(hook, '__qualname__', hook)} failed as well: {hook_error!r}")
+
+
+def _say_nothing(*_: object) -> None:
+    """Stand in for a hook that another rank has."""

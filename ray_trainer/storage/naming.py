@@ -13,7 +13,7 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None and getattr(error, "filename2", None) is None:
             raise
         if error.errno is None and isinstance(error, FileNotFoundError):
             error.errno = errno.ENOENT

@@ -54,9 +54,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         **dict.fromkeys(["weight_decay", "early_stopping_min_delta"], NOT_NEGATIVE),
         "betas": ([0.9, "0.9", (0.9,), (0.9, 0.9, 0.9), (True, 0.9), None], [(0.9, 1.0), (-0.1, 0.9)]),
         "momentum": ([True, "0.9", None], [1, -0.1]),
-        **dict.fromkeys(
-            ["max_grad_norm", "gradient_explosion_threshold", "save_every_minutes"], OPTIONAL_POSITIVE
-        ),
+        **dict.fromkeys(["max_grad_norm", "gradient_explosion_threshold", "save_every_minutes"], OPTIONAL_POSITIVE),
         **dict.fromkeys(["warmup_ratio", "decay_ratio", "min_lr_ratio"], RATIO),
         "validation_split": ([True, "0.1", math.nan, None], [-0.1, 0.51]),
         **dict.fromkeys(["optimizer", "lr_scheduler_type", "precision", "mode"], CHOICE),

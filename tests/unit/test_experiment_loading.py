@@ -110,9 +110,7 @@ def test_file_without_an_experiment_is_told_how_to_write_one(tmp_path):
     assert "write experiment = Experiment(" in refused("digits.py:experiment", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("build_model", "a function"), ("Experiment", "the class Experiment")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("build_model", "a function"), ("Experiment", "the class Experiment")])
 def test_attribute_that_is_no_experiment_is_told(tmp_path, name, kind):
     write(tmp_path / "digits.py")
 

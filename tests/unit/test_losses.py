@@ -132,11 +132,7 @@ def test_mask_of_another_shape_than_the_labels_is_refused():
 def test_sum_over_any_split_is_the_sum_over_the_whole(seed, cut, pad):
     logits, labels = tokens(batch=6, seed=seed)
     labels[seed % 6, seed % 7 :] = -100
-    mask = (
-        (torch.rand(6, 7, generator=torch.Generator().manual_seed(seed)) > 0.3).long()
-        if pad is None
-        else None
-    )
+    mask = (torch.rand(6, 7, generator=torch.Generator().manual_seed(seed)) > 0.3).long() if pad is None else None
 
     def result(part):
         return LanguageModelingLoss().compute_loss(
@@ -280,9 +276,7 @@ def test_regression_pairs_a_column_with_a_vector_one_to_one():
     )  # broadcast to (3, 3) it would be another number
 
 
-@pytest.mark.parametrize(
-    ("logits", "labels"), [((4, 1), (3,)), ((4, 2), (4,)), ((4,), (4, 2)), ((4, 2), (4, 1))]
-)
+@pytest.mark.parametrize(("logits", "labels"), [((4, 1), (3,)), ((4, 2), (4,)), ((4,), (4, 2)), ((4, 2), (4, 1))])
 def test_regression_refuses_to_broadcast(logits, labels):
     with pytest.raises(DataError, match="one label per output"):
         RegressionLoss().compute_loss({"logits": torch.zeros(logits), "labels": torch.zeros(labels)})
@@ -356,17 +350,13 @@ def test_peft_loss_refuses_a_frozen_model_and_reports_a_partly_frozen_one(caplog
         PEFTAwareLoss(ClassificationLoss(), model)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:torch.quantize_per_tensor:UserWarning"
-)  # deprecated, but models have them
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but models have them
 def test_quantized_logits_are_dequantized():
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     quantized = torch.quantize_per_tensor(logits, scale=0.05, zero_point=3, dtype=torch.qint8)
     integers = quantized.int_repr()
 
-    from_tensor = QuantizationSafeLoss(ClassificationLoss()).compute_loss(
-        {"logits": quantized, "labels": labels}
-    )
+    from_tensor = QuantizationSafeLoss(ClassificationLoss()).compute_loss({"logits": quantized, "labels": labels})
     from_scale = QuantizationSafeLoss(ClassificationLoss(), scale=0.05, zero_point=3).compute_loss(
         {"logits": integers, "labels": labels}
     )
@@ -423,12 +413,8 @@ def test_lost_cuda_device_is_explained_without_touching_it():
 def test_every_listed_loss_can_be_built():
     names = LossStrategyRegistry.list_available()
 
-    assert {"language_modeling", "causal_lm", "classification", "text_classification", "regression"} <= set(
-        names
-    )
-    assert {"vision_classification", "segmentation", "multilabel", "vision_multilabel", "seq2seq"} <= set(
-        names
-    )
+    assert {"language_modeling", "causal_lm", "classification", "text_classification", "regression"} <= set(names)
+    assert {"vision_classification", "segmentation", "multilabel", "vision_multilabel", "seq2seq"} <= set(names)
     assert all(callable(get_loss_strategy(name).compute_loss) for name in names)
 
 

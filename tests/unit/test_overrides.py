@@ -18,9 +18,7 @@ def test_negative_and_empty_values_are_values():
     assert parse_overrides(["--a.b", "-1", "a.c=", "a.d=x=y"]) == {"a.b": -1, "a.c": None, "a.d": "x=y"}
 
 
-@pytest.mark.parametrize(
-    "argument", ["training.epochs", "--training.epochs", "3", "=3", "a..b=3", ".a=3", "a.=3"]
-)
+@pytest.mark.parametrize("argument", ["training.epochs", "--training.epochs", "3", "=3", "a..b=3", ".a=3", "a.=3"])
 def test_argument_that_is_no_override_is_refused_with_the_form(argument):
     with pytest.raises(ConfigError, match=r"write section\.key=value"):
         parse_overrides([argument])
@@ -34,9 +32,7 @@ def test_all_arguments_that_cannot_be_read_are_told_at_once():
 def test_nested_values_are_made_and_replaced_without_touching_the_original():
     original = {"model": {"width": 1, "inner": {"a": 1}}, "training": None}
 
-    changed = apply_overrides(
-        original, {"model.inner.b": 2, "model.width": 3, "training.epochs": 4, "cluster.x.y": 5}
-    )
+    changed = apply_overrides(original, {"model.inner.b": 2, "model.width": 3, "training.epochs": 4, "cluster.x.y": 5})
 
     assert changed == {
         "model": {"width": 3, "inner": {"a": 1, "b": 2}},

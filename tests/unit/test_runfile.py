@@ -104,9 +104,7 @@ def test_values_are_told_as_a_run_file_writes_them(write):
 
     steps, shuffle = errors_of(path)
 
-    assert steps.endswith(
-        "max_steps = None: must be a whole number that is at least 1, or null; did you mean null?"
-    )
+    assert steps.endswith("max_steps = None: must be a whole number that is at least 1, or null; did you mean null?")
     assert shuffle.endswith("shuffle = 'no': must be true or false; did you mean false?")
 
 

@@ -91,9 +91,7 @@ def test_synonyms_lead_to_real_fields_and_hide_none(section):
 
 
 def test_all_errors_are_told_at_once():
-    config = TrainingConfig(
-        epochs=0, learning_rate="3e-4", optimizer="lion", use_amp=False, precision="fp16-mixed"
-    )
+    config = TrainingConfig(epochs=0, learning_rate="3e-4", optimizer="lion", use_amp=False, precision="fp16-mixed")
 
     with pytest.raises(ValueError, match="Configuration validation failed") as caught:
         config.validate()

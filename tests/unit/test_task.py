@@ -326,9 +326,7 @@ def test_forward_with_any_keyword_gets_everything_but_the_target():
             return fields["logits"]
 
     model = TakesAll()
-    task_of(None, model).evaluate(
-        model, {"logits": torch.zeros(2, 3, 4), "extra": 1, "labels": ids(2, 3) % 4}
-    )
+    task_of(None, model).evaluate(model, {"logits": torch.zeros(2, 3, 4), "extra": 1, "labels": ids(2, 3) % 4})
 
     assert model.saw == {"logits", "extra"}
 
@@ -442,9 +440,7 @@ def test_first_batch_that_differs_from_the_schema_is_refused(schema, message):
 
 def test_first_batch_that_fits_passes():
     schema = {"input_ids": {"dtype": "int64", "shape": [None], "min": 0, "max": 11}}
-    spec = TaskSpec(
-        "lm", "lm", special_tokens={"pad": 99}, input_schema=schema, output_schema={"vocab_size": 12}
-    )
+    spec = TaskSpec("lm", "lm", special_tokens={"pad": 99}, input_schema=schema, output_schema={"vocab_size": 12})
 
     task_of(spec, TinyLM()).check_first_batch((ids(2, 4), torch.tensor([[1, 11, 99, -100]] * 2)))
 
