@@ -118,6 +118,15 @@ class Command:
 
         return self._until(found, f"the worker of rank {rank}")
 
+    def actor_pid(self, name: str) -> int:
+        """The process of the only actor of a class."""
+
+        def found() -> int | None:
+            pids = [pid for pid in self._family() if command_line(pid).startswith(f"ray::{name}")]
+            return pids[0] if len(pids) == 1 else None
+
+        return self._until(found, f"the actor {name}")
+
     def send(self, number: signal.Signals) -> None:
         """A signal to the command alone."""
         self._family()

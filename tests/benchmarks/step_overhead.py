@@ -169,9 +169,8 @@ class Everything(ByHand):
 class SliceClock:
     """Told of each fetch, it closes the Trainer's slices and lets the hand-written loops run between them."""
 
-    def __init__(self, model: nn.Module, loops: dict[str, ByHand], slices: int) -> None:
+    def __init__(self, model: nn.Module, loops: dict[str, ByHand]) -> None:
         self.weights_differ_by = math.nan
-        self.steps = WARM_UP + slices * SLICE
         self.ours: list[Cost] = []
         self.theirs: list[dict[str, Cost]] = []
         self._model = model
@@ -299,7 +298,7 @@ def measure(ready: bool, slices: int, directory: Path) -> dict[str, Any]:
     data = make_data(steps * BATCH_SIZE)
     loops = hand_written(data, ready, directory)
     model = build_model()
-    clock = SliceClock(model, loops, slices)
+    clock = SliceClock(model, loops)
     config = TrainingConfig(
         epochs=1,
         batch_size=BATCH_SIZE,

@@ -131,3 +131,13 @@ def test_run_stopped_by_sigterm_and_by_ctrl_c_goes_on_from_its_last_step(run_fil
 
     assert [event["step"] for event in events(run_dir, "resumed")] == [terminated_at, interrupted_at]
     assert_same_run(undisturbed, run_dir)
+
+
+def test_loss_of_the_link_to_the_driver_does_not_touch_the_run(run_file, undisturbed):
+    with training(run_file) as command:
+        command.wait_for_step(KILL_AT_STEP)
+        kill(command.actor_pid("Link"))
+        assert command.wait() == 0, command.output
+
+    assert events(command.run_dir, "failure") == []
+    assert_same_run(undisturbed, command.run_dir)

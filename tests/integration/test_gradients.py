@@ -29,7 +29,7 @@ from experiments import (
 from torch import nn
 from torch.utils.data import Dataset
 
-from ray_trainer import TaskSpec, Trainer, TrainingConfig
+from ray_trainer import Request, TaskSpec, Trainer, TrainingConfig
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(FORKSERVER_IMPORTS)
@@ -259,3 +259,23 @@ def test_state_of_the_hooks_of_each_process_comes_back_to_it(tmp_path):
 def test_all_processes_raise_when_the_gradients_of_one_are_not_numbers(tmp_path, bad_rank_only):
     assert on_ranks(2, poison_and_train, tmp_path / "run", bad_rank_only) == ["DivergenceError"] * 2
     assert len(events(tmp_path / "run", "step_skipped")) == 2
+
+
+def train_with_uneven_hooks(run_dir: Path) -> int:
+    """Only rank 0 has a hook for steps, and asks to stop; the ranks have different numbers of micro-batches at last."""
+
+    class Stopper:
+        def on_batch_end(self, batch_idx: int, loss: float) -> None:
+            """Called as often as this rank has micro-batches."""
+
+    if int(os.environ["RANK"]) == 0:
+        Stopper.on_step_end = lambda self, record: Request.STOP if record.step == 5 else None
+    config = settings(run_dir, batch_size=2, gradient_accumulation_steps=2, shuffle=False, epochs=3)
+    task = TaskSpec("points", "tabular_classification", input_fields=["features"])
+    trainer = Trainer(Network(), SimpleNamespace(), config, task, Stopper())
+    trainer.train(Points(21))  # 8 a step; of the last 5 samples of an epoch rank 0 takes 3 and rank 1 takes 2
+    return trainer.progress.step
+
+
+def test_what_a_hook_of_one_process_asks_for_is_done_by_all(tmp_path):
+    assert on_ranks(2, train_with_uneven_hooks, tmp_path / "run") == [5, 5]

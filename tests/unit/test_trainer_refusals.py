@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from ray_trainer import TaskSpec, Trainer, get_default_task_specs
+from ray_trainer.errors import ConfigError
 
 
 class Stream(IterableDataset):
@@ -228,3 +229,54 @@ def test_wrong_configuration_is_refused_with_all_errors_at_once(run_dir):
 
     assert message.startswith("Configuration validation failed:")
     assert all(name in message for name in ("epochs", "learning_rate", "save_every_n_epochs", "batch_size"))
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda model: {"optimizer": torch.optim.LBFGS(model.parameters())}, "LBFGS"),
+        (lambda model: {"optimizer": torch.optim.SGD(Network().parameters(), lr=0.1)}, "not the model's"),
+        (lambda model: _with_schedule(model, torch.optim.lr_scheduler.ReduceLROnPlateau), "ReduceLROnPlateau"),
+        (lambda model: {"scheduler": _with_schedule(model, _constant)["scheduler"]}, "pass that as well"),
+    ],
+    ids=["several losses a step", "another model's", "follows a metric", "without its optimizer"],
+)
+def test_optimizer_or_schedule_that_would_not_work_is_refused(run_dir, build, named):
+    model = Network()
+
+    with pytest.raises(ConfigError, match=named):
+        Trainer(model, SimpleNamespace(), settings(run_dir), POINTS, **build(model))
+
+    assert not run_dir.exists()
+
+
+def _constant(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def _with_schedule(model, schedule):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return {"optimizer": optimizer, "scheduler": schedule(optimizer)}
+
+
+@pytest.mark.parametrize("output", [{"out": torch.zeros(2, 3)}, None, [1.0], ()], ids=["dict", "none", "list", "empty"])
+def test_model_whose_output_cannot_be_read_is_refused(run_dir, output):
+    class Strange(Network):
+        def forward(self, features):
+            return output
+
+    message = refused(run_dir, Points(12), model=Strange())
+
+    assert "The first batch fails in the model or the loss" in message
+
+
+def test_run_is_not_continued_with_another_optimizer(run_dir):
+    Trainer(Network(), SimpleNamespace(), settings(run_dir, optimizer="adamw"), POINTS).train(Points(12))
+    before = sorted(run_dir.rglob("*"))
+
+    with pytest.raises(ValueError, match="optimizer was 'adamw' and is 'sgd'"):
+        Trainer(Network(), SimpleNamespace(), settings(run_dir, optimizer="sgd", epochs=9), POINTS).train(
+            Points(12), resume_from="auto"
+        )
+
+    assert sorted(run_dir.rglob("*")) == before
