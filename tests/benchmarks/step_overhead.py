@@ -330,26 +330,18 @@ def summary(ours: list[Cost], theirs: list[Cost]) -> dict[str, float]:
         "ratio": ratio,
         "low": low,
         "high": high,
-        "quiet": quietest(ours) / quietest(theirs),
         "wall": statistics.median(one.wall / other.wall for one, other in zip(ours, theirs, strict=True)),
     }
-
-
-def quietest(costs: list[Cost]) -> float:
-    """The first tenth: what a step costs while nobody else needs the machine."""
-    return statistics.quantiles((cost.cpu for cost in costs), n=10)[0]
 
 
 def show(title: str, result: dict[str, Any]) -> None:
     print(f"\n{title}: {result['trainer_us']:.0f} us a step of the Trainer, {result['slices']} slices of {SLICE} steps")
     if result["weights_differ_by"] is not None:
         print(f"after {WARM_UP} steps the weights differ by {result['weights_differ_by']:.1g} from 'the same work'")
-    print(f"{'hand-written loop':20s} {'us a step':>9s} {'ratio':>6s} {'quartiles':>13s} {'quiet':>6s} {'wall':>6s}")
+    print(f"{'hand-written loop':20s} {'us a step':>9s} {'ratio':>6s} {'quartiles':>13s} {'wall':>6s}")
     for name, row in result["loops"].items():
         quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
-        print(
-            f"{name:20s} {row['us']:9.0f} {row['ratio']:6.2f} {quartiles:>13s} {row['quiet']:6.2f} {row['wall']:6.2f}"
-        )
+        print(f"{name:20s} {row['us']:9.0f} {row['ratio']:6.2f} {quartiles:>13s} {row['wall']:6.2f}")
 
 
 def main() -> None:
