@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 #: What Ray Train reads from the environment of the driver; a user's own setting wins.
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a failure is seen, and a report taken, after this time
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows each line that a worker prints twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the directory that relative paths of the user mean
 }
 LOCAL_SETTINGS = {

@@ -89,7 +89,7 @@ def _check_class_numbers(name: str, target: Tensor, num_classes: int | None, ign
         )
     if num_classes is None or target.dtype is torch.bool:
         return
-    labels = target if ignored is None else target.masked_fill(target == ignored, IGNORE_LABEL)
+    labels = target if ignored is None else target.long().masked_fill(target == ignored, IGNORE_LABEL)
     error = label_range_error(labels, num_classes, name, "the task has")
     if error is not None:
         raise error
