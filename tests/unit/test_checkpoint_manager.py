@@ -159,7 +159,7 @@ def test_tied_weights_are_stored_once_and_come_back_under_all_names(manager):
 
 
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(manager, tmp_path):
-    state = state_of(1) | {"hooks": {"my_hook": {"callback": print}}}
+    state = state_of(1) | {"hooks": {"my_hook": {"callback": len}}}
 
     with pytest.raises(CheckpointError, match=r"hooks\.my_hook\.callback: builtin_function"):
         manager.commit(state, {}, CheckpointMeta(epoch=0, step=1))
