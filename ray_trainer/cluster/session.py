@@ -61,16 +61,12 @@ def _start(cluster: ClusterConfig) -> None:
         return
     try:
         ray.init(address=cluster.address, logging_level=logging.ERROR)
-    except ray.exceptions.AuthenticationError as error:
+    except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
         raise ConfigError(
-            f"cluster.address = {cluster.address!r}: the cluster asks for a token. Set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of the cluster (the head node keeps it in "
-            f"~/.ray/auth_token). Ray says: {error}"
-        ) from error
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.address = {cluster.address!r}: no cluster answers there ({error}). Start one with "
-            "'ray start --head', give its host:port, or leave cluster.address out to train on this machine."
+            f"cluster.address = {cluster.address!r}: the cluster there cannot be joined ({error}). Start one with 'ray "
+            "start --head', give its host:port, or leave cluster.address out to train on this machine. If it asks for a "
+            "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the head node "
+            "keeps in ~/.ray/auth_token."
         ) from error
 
 
