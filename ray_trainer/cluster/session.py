@@ -64,9 +64,9 @@ def _start(cluster: ClusterConfig) -> None:
     except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
         raise ConfigError(
             f"cluster.address = {cluster.address!r}: the cluster there cannot be joined ({error}). Start one with 'ray "
-            "start --head', give its host:port, or leave cluster.address out to train on this machine. If it asks for a "
-            "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the head node "
-            "keeps in ~/.ray/auth_token."
+            "start --head', give its host:port, or leave cluster.address out to train on this machine. If it asks "
+            "for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the head "
+            "node keeps in ~/.ray/auth_token."
         ) from error
 
 
