@@ -65,7 +65,7 @@ def _start(cluster: ClusterConfig) -> None:
         raise ConfigError(
             f"cluster.address = {cluster.address!r}: the cluster there cannot be joined ({error}). Start one with 'ray "
             "start --head', give its host:port, or leave cluster.address out to train on this machine. If it asks "
-            "for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the head "
+            "for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what the head "
             "node keeps in ~/.ray/auth_token."
         ) from error
 
