@@ -12,9 +12,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,9 @@ import xxhash
 
 from ray_trainer.checkpoint.decoding import decode
 from ray_trainer.checkpoint.encoding import Encoded, Json, StatePath, encode
+from ray_trainer.checkpoint.images import FileImage
 from ray_trainer.checkpoint.manifest import MANIFEST, FileEntry, Manifest
-from ray_trainer.checkpoint.tensors import TensorFile, read_tensors
+from ray_trainer.checkpoint.tensors import read_tensors, tensor_image
 from ray_trainer.errors import CheckpointCorruptError
 from ray_trainer.storage import Buffer, Storage
 
@@ -39,15 +39,6 @@ class CheckpointOrder(NamedTuple):
     step: int
     epoch: int
     copy: int
-
-
-@dataclass(frozen=True)
-class FileImage:
-    """A file that is yet to be written; its content is read from the state when it is iterated."""
-
-    name: str
-    size_bytes: int
-    chunks: Callable[[], Iterator[Buffer]]
 
 
 def checkpoint_name(epoch: int, step: int, copy: int = 1) -> str:
@@ -178,13 +169,9 @@ def _rank_stem(rank: int) -> str:
 
 
 def _images(encoded: Encoded, stem: str) -> list[FileImage]:
-    images = [_tensor_image(file, TensorFile(tensors)) for file, tensors in encoded.tensors.items()]
+    images = [tensor_image(f"{file}.safetensors", tensors) for file, tensors in encoded.tensors.items()]
     text = json.dumps(encoded.tree, separators=(",", ":"), allow_nan=False).encode()
-    return [*images, FileImage(f"{stem}.json", len(text), lambda: iter((text,)))]
-
-
-def _tensor_image(stem: str, file: TensorFile) -> FileImage:
-    return FileImage(f"{stem}.safetensors", file.size_bytes, file.chunks)
+    return [*images, FileImage(f"{stem}.json", (text,))]
 
 
 def _read(checkpoint: Storage, manifest: Manifest, names: list[str], stem: str) -> dict[str, Any]:

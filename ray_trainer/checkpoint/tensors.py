@@ -7,11 +7,12 @@ package because that one builds the whole file in memory, twice; what is written
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from ray_trainer.checkpoint.images import FileImage
 from ray_trainer.errors import CheckpointCorruptError
 
 _NAMES = {
@@ -39,37 +40,22 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 STORABLE_DTYPES = frozenset(_NAME_OF)
 
 
-class TensorFile:
-    """A safetensors file that is yet to be written.
-
-    Attributes:
-        size_bytes: of the whole file.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Lay out tensors of `STORABLE_DTYPES`, on any device; values are read when they are written."""
-        by_alignment = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-        self._tensors = [tensor for _, tensor in by_alignment]
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, tensor in by_alignment:
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            entries[name] = {
-                "dtype": _NAME_OF[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._head = len(header).to_bytes(8, "little") + header
-        self.size_bytes = len(self._head) + end
-
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The content, piece by piece; a tensor off the CPU or not contiguous is copied in its turn."""
-        yield self._head
-        for tensor in self._tensors:
-            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            yield plain.reshape(-1).view(torch.uint8).numpy().data
+def tensor_image(name: str, tensors: Mapping[str, torch.Tensor]) -> FileImage:
+    """A safetensors file of tensors of `STORABLE_DTYPES`, on any device; values are read when they are written."""
+    by_alignment = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in by_alignment:
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[key] = {
+            "dtype": _NAME_OF[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    head = len(header).to_bytes(8, "little") + header
+    return FileImage(name, (head, *(tensor for _, tensor in by_alignment)))
 
 
 def read_tensors(blocks: Iterable[bytes], size_bytes: int, name: str) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from ray_trainer.checkpoint.catalog import checkpoint_names, is_checkpoint, list
 from ray_trainer.checkpoint.layout import read_manifest, read_model
 from ray_trainer.checkpoint.manifest import MANIFEST
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
-from ray_trainer.checkpoint.tensors import STORABLE_DTYPES, TensorFile
+from ray_trainer.checkpoint.tensors import STORABLE_DTYPES, tensor_image
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ray_trainer.storage import Storage
 
@@ -59,7 +59,7 @@ def export_weights(
             f"Convert the model before it is saved, or read {checkpoint.uri} with load_weights()."
         )
     directory, name = _split(os.fspath(output))
-    Storage.open(directory).write_chunks(name, TensorFile(tensors).chunks())
+    Storage.open(directory).write_chunks(name, tensor_image(name, tensors).chunks())
 
 
 def _choose(place: Storage, which: Which) -> Storage:

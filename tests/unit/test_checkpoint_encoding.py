@@ -14,7 +14,7 @@ from torch import nn
 
 from ray_trainer.checkpoint.decoding import decode
 from ray_trainer.checkpoint.encoding import encode
-from ray_trainer.checkpoint.tensors import TensorFile, read_tensors
+from ray_trainer.checkpoint.tensors import read_tensors, tensor_image
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError
 
 
@@ -22,7 +22,7 @@ def through_bytes(state):
     """What comes back after the JSON and the tensors have been bytes."""
     encoded = encode(state, ("state",))
     text = json.dumps(encoded.tree, allow_nan=False)
-    files = {name: b"".join(TensorFile(tensors).chunks()) for name, tensors in encoded.tensors.items()}
+    files = {name: b"".join(tensor_image("file", tensors).chunks()) for name, tensors in encoded.tensors.items()}
     return decode(json.loads(text), {name: read(data) for name, data in files.items()})
 
 
@@ -273,7 +273,7 @@ def test_safetensors_itself_reads_what_is_written():
         'ünïcode "name"': torch.ones(1),
     }
 
-    result = safetensors.torch.load(b"".join(TensorFile(tensors).chunks()))
+    result = safetensors.torch.load(b"".join(tensor_image("file", tensors).chunks()))
 
     assert result.keys() == tensors.keys()
     assert all(torch.equal(result[name], tensors[name]) for name in tensors)
@@ -281,7 +281,7 @@ def test_safetensors_itself_reads_what_is_written():
 
 
 def test_size_is_known_before_writing():
-    file = TensorFile({"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.int8)})
+    file = tensor_image("file", {"a": torch.randn(3), "b": torch.zeros(2, dtype=torch.int8)})
 
     assert file.size_bytes == sum(len(chunk) for chunk in file.chunks())
 
