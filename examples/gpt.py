@@ -1,5 +1,6 @@
 """A small GPT that learns to write Python, byte by byte, from the source text that every Python carries.
 
+Ray Data reads the files and packs them into rows of equal length; each byte is predicted from its own file alone.
 Run it with ``ray-trainer train examples/gpt.yaml``. At the end it prints how well it predicts files that it has not
 seen, in bits per byte, and what it writes by itself.
 """
@@ -9,18 +10,19 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import ray.data
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from ray_trainer import DefaultHooks, Experiment, TrainingConfig
+from ray_trainer.cluster import pack_documents
 
 # ---- the model ---- B samples, T positions, C channels, H heads
 
 
 class Attention(nn.Module):
-    """Each position looks at itself and at those before it."""
+    """Each position looks at those that it may see."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
@@ -28,10 +30,10 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, may_see: Tensor) -> Tensor:
+        """(B, T, C) and (B, 1, T, T) -> (B, T, C)."""
         query, key, value = self.query_key_value(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # (B, H, T, C / H)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=may_see)  # (B, H, T, C / H)
         return self.output(y.transpose(1, 2).flatten(2))
 
 
@@ -47,9 +49,9 @@ class Block(nn.Module):
             nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, may_see: Tensor) -> Tensor:
+        """(B, T, C) and (B, 1, T, T) -> (B, T, C)."""
+        x = x + self.attention(self.attention_norm(x), may_see)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -61,7 +63,7 @@ class GPT(nn.Module):
         self.context = config.context
         self.byte = nn.Embedding(256, config.width)
         self.position = nn.Embedding(config.context + 1, config.width)
-        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.layers)])
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.next_byte = nn.Linear(config.width, 256, bias=False)
         self.next_byte.weight = self.byte.weight
@@ -70,11 +72,13 @@ class GPT(nn.Module):
                 is_added = name.endswith(("output.weight", "mlp.2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if is_added else 0.02)
 
-    def forward(self, data: Tensor) -> Tensor:
-        """(B, T) -> (B, T, 256)."""
-        data = data.long()
-        x = self.byte(data) + self.position.weight[: data.shape[1]]
-        return self.next_byte(self.norm(self.blocks(x)))
+    def forward(self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """(B, T) each -> (B, T, 256)."""
+        may_see = (document_ids[:, :, None] == document_ids[:, None, :]).tril()[:, None]  # same file, and not later
+        x = self.byte(input_ids) + self.position(position_ids)
+        for block in self.blocks:
+            x = block(x, may_see)
+        return self.next_byte(self.norm(x))
 
     @torch.no_grad()
     def write(self, text: str, length: int, temperature: float = 0.8) -> str:
@@ -82,12 +86,13 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(0)
         data = list(text.encode())
         for _ in range(length):
-            logits = self(torch.tensor([data[-self.context :]]))[0, -1]
+            seen = torch.tensor([data[-self.context :]])
+            logits = self(seen, torch.zeros_like(seen), torch.arange(seen.shape[1])[None])[0, -1]
             data += torch.multinomial((logits / temperature).softmax(0), 1, generator=generator).tolist()
         return bytes(data).decode(errors="replace")
 
 
-# ---- the data ---- one sample is a window of context + 1 bytes: each byte but the first is predicted from those before
+# ---- the data ---- one sample is a row of context + 1 bytes: each but the first is predicted from those before
 
 
 def source_files() -> list[Path]:
@@ -96,16 +101,16 @@ def source_files() -> list[Path]:
     return [path for path in sorted(library.rglob("*.py")) if left_out.isdisjoint(path.relative_to(library).parts)]
 
 
-def windows(files: list[Path], context: int) -> TensorDataset:
-    data = torch.frombuffer(bytearray(b"\0".join(path.read_bytes() for path in files)), dtype=torch.uint8)
-    return TensorDataset(data.unfold(0, context + 1, context))  # the last byte of one is the first of the next
+def rows(files: list[Path], context: int) -> ray.data.Dataset:
+    texts = ray.data.read_binary_files([str(path) for path in files])
+    return pack_documents(texts, list, context + 1, end_of_document=0, column="bytes")  # `list` gives the bytes
 
 
-def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, TensorDataset]:
+def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, ray.data.Dataset]:
     files = source_files()
     held_out = files[::20]
     rest = [path for path in files if path not in held_out]
-    return {"train": windows(rest, config.context), "val": windows(held_out, config.context)}
+    return {"train": rows(rest, config.context), "val": rows(held_out, config.context)}
 
 
 # ---- what is told of it ----

@@ -9,9 +9,11 @@
     ├── CheckpointError (RuntimeError)
     │   ├── CheckpointNotFoundError (FileNotFoundError)
     │   ├── CheckpointCorruptError             files are missing or differ from the manifest
+    │   ├── LeaseLostError                     this run's directory belongs to another process now
     │   ├── NewerFormatError                   a later version of ray_trainer wrote it
     │   └── StateMismatchError (ValueError)    the checkpoint belongs to something else
     ├── DivergenceError (RuntimeError)         gradients or losses stopped being numbers
+    ├── LeaseHeldError (RuntimeError)          another process is at work on the run; says which
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
 
 All of them survive pickling between processes: the message is the only argument.
@@ -64,6 +66,14 @@ class NewerFormatError(CheckpointError):
 
 class StateMismatchError(CheckpointError, ValueError):
     """A checkpoint is whole, but holds the state of another model, run or set of parts."""
+
+
+class LeaseLostError(CheckpointError):
+    """Another process has taken over the run: this one may not write to its directory any more, and has to end."""
+
+
+class LeaseHeldError(RayTrainerError, RuntimeError):
+    """Another process is at work on the run; the message says which, since when, and how to take over."""
 
 
 class DivergenceError(RayTrainerError, RuntimeError):

@@ -3,7 +3,7 @@
 import torch
 
 from ray_trainer import distributed
-from ray_trainer.data.source import Batch, BatchSource, to_device
+from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
 from ray_trainer.forward import Forward
 from ray_trainer.metrics.tracker import MetricsTracker
 from ray_trainer.runtime import Runtime, Stop
@@ -39,8 +39,7 @@ class ValidationLoop:
     def _totals(self, source: BatchSource) -> list[float] | None:
         rows: list[tuple[torch.Tensor | int, ...]] = []  # read at the end: no wait for the device before
         for step_batch in source.steps(epoch=0):
-            if step_batch.num_samples:
-                rows += [self._measure(micro_batch) for micro_batch in step_batch.micro_batches]
+            rows += self._measure_all(step_batch)
             self._agree_on_stop()
             if self.stop is not Stop.NONE:
                 return None
@@ -49,6 +48,11 @@ class ValidationLoop:
             totals = [total + float(value) for total, value in zip(totals, row, strict=True)]
         ranks = distributed.gather_rows(torch.tensor([totals], dtype=torch.float64))[:, 0].tolist()
         return [sum(column) for column in zip(*ranks, strict=True)]
+
+    def _measure_all(self, step_batch: StepBatch) -> list[tuple[torch.Tensor | int, ...]]:
+        num_real = len(step_batch.micro_batches) if step_batch.num_samples else 0
+        passes = self._forward.padded(step_batch.micro_batches, num_real)
+        return [self._measure(micro_batch) for micro_batch in passes][:num_real]
 
     def _measure(self, micro_batch: Batch) -> tuple[torch.Tensor | int, ...]:
         batch = to_device(micro_batch, self._forward.device)

@@ -1,13 +1,18 @@
 """How the model is called: precision, distributed wrapper, exchange of gradients."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ray_trainer import fsdp
 from ray_trainer.config import TrainingConfig
 from ray_trainer.distributed import wrap_model
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,14 @@ class Forward:
         module: what training calls: the model, or its distributed wrapper.
         device: where batches go.
         autocast_dtype: of mixed precision; None for none.
+        is_sharded: no rank has the whole model, so every pass through it is collective.
     """
 
     model: nn.Module
     module: nn.Module
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+    is_sharded: bool = False
 
     @classmethod
     def build(cls, model: nn.Module, device: torch.device, config: TrainingConfig) -> "Forward":
@@ -35,6 +42,8 @@ class Forward:
                 mode=config.compile_mode, fullgraph=config.compile_fullgraph, dynamic=config.compile_dynamic
             )
         dtype = getattr(torch, config.autocast_dtype) if config.autocast_dtype else None
+        if fsdp.is_sharded(model):
+            return cls(model, model, device, dtype, is_sharded=True)
         return cls(model, wrap_model(model, device), device, dtype)
 
     def precision(self) -> AbstractContextManager[object]:
@@ -47,4 +56,40 @@ class Forward:
         """The context of a micro-batch after which gradients are not yet exchanged."""
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             return self.module.no_sync()
-        return nullcontext()
+        return _without_reduction(self.model) if self.is_sharded else nullcontext()
+
+    def begin_step(self, batches: Sequence[T]) -> Sequence[T]:
+        """The batches to train on in a step, see `padded`. Collective if the model is sharded."""
+        if not self.is_sharded:
+            return batches
+        fsdp.share_buffers(self.model)
+        return self.padded(batches, len(batches))
+
+    def padded(self, batches: Sequence[T], count: int) -> Sequence[T]:
+        """The first ``count`` batches, and stand-ins if another rank has more. Collective if sharded.
+
+        Stand-ins are there because all ranks take part in each pass through a sharded model; they must count
+        for nothing.
+
+        Args:
+            batches: at least one.
+            count: how many of them are this rank's.
+        """
+        if not self.is_sharded:
+            return batches[:count]
+        missing = fsdp.most_of_all_ranks(count) - count
+        return [*batches[:count], *[batches[-1]] * missing]
+
+    def abandon_step(self) -> None:
+        """Forget a step that was broken off in the middle of a pass."""
+        if self.is_sharded:
+            fsdp.forget_broken_step(self.model)
+
+
+@contextmanager
+def _without_reduction(model: nn.Module) -> Iterator[None]:
+    fsdp.set_gradient_sync(model, False)
+    try:
+        yield
+    finally:
+        fsdp.set_gradient_sync(model, True)

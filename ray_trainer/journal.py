@@ -16,7 +16,8 @@ from ray_trainer import distributed
 from ray_trainer.checkpoint import LoadedCheckpoint
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import dump_yaml
-from ray_trainer.metrics.events import EventLog, next_attempt
+from ray_trainer.metrics.events import EventLog, next_attempt, read_events
+from ray_trainer.metrics.jsonl import encode_row
 from ray_trainer.metrics.tensorboard import TensorBoardWriter
 from ray_trainer.metrics.writers import JsonlWriter, MetricsWriter, Writers
 from ray_trainer.runtime import Runtime, Stop
@@ -72,7 +73,7 @@ class Journal:
             return
         for name, reason in saved.rejected:
             self.event("checkpoint_rejected", step, epoch, checkpoint=name, reason=reason)
-        self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": "storage"})
+        self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": str(saved.tier.name).lower()})
 
     def conclude(self, progress: Progress, interruption: Stop) -> None:
         """Tell how the run, or this attempt, ended."""
@@ -86,6 +87,16 @@ class Journal:
         """Record what happened, and tell whoever watches."""
         if self._events is not None:
             self._runtime.announce(event, self._events.record(event, step, epoch, **details))
+
+    def event_once(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> None:
+        """As `event`, unless an earlier attempt recorded the very same."""
+        if self._events is None:
+            return
+        row = json.loads(encode_row({"step": step, "epoch": epoch, **details}))
+        for earlier in read_events(self._runtime.storage):
+            if earlier["event"] == event and all(earlier.get(name) == value for name, value in row.items()):
+                return
+        self.event(event, step, epoch, **details)
 
     def metrics(self, split: str, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Add a row of ``train`` or ``val``; (split, step) comes once."""

@@ -1,13 +1,16 @@
 """The order of everything inside a training step."""
 
 import math
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import reduce
 
 import torch
 from torch import nn
 
 from ray_trainer import distributed
+from ray_trainer.checkpoint import Tier
 from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
 from ray_trainer.errors import DivergenceError
 from ray_trainer.forward import Forward
@@ -36,6 +39,7 @@ class TrainingLoop:
 
     Attributes:
         stop: the wish to stop that all ranks agreed on with the last step.
+        busy: where a checkpoint of any rank was still on its way to then.
         is_whole: the model is what the last completed step left, also after an error in the next one.
         batch_losses: of this rank's micro-batches of the last step.
     """
@@ -51,6 +55,7 @@ class TrainingLoop:
         sums: MetricSums,
         runtime: Runtime,
         seed: int,
+        saving_to: Callable[[], Tier],
     ) -> None:
         self._forward = forward
         self._task = task
@@ -60,12 +65,14 @@ class TrainingLoop:
         self._sums = sums
         self._runtime = runtime
         self._seed = seed
+        self._saving_to = saving_to
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model)
         self._clock = time.monotonic()
-        self._buckets_settled = self._world_size <= 2
+        self._buckets_settled = self._world_size <= 2 or forward.is_sharded
         self.stop = Stop.NONE
+        self.busy = Tier.NONE
         self.is_whole = True
         self._data_wait_s = 0.0
         self._divergence: DivergenceError | None = None
@@ -98,6 +105,7 @@ class TrainingLoop:
         try:
             results = self._accumulate(step_batch)
         except BaseException:
+            self._forward.abandon_step()
             self._statistics.put_back()
             self._accumulator.discard()
             self.is_whole = self._statistics.are_complete()
@@ -121,8 +129,8 @@ class TrainingLoop:
         return StepRecord(
             step=progress.step,
             epoch=progress.epoch,
-            loss_sum=results[-1].loss.sum,
-            loss_count=results[-1].loss.count,
+            loss_sum=self.batch_losses[-1].sum,
+            loss_count=self.batch_losses[-1].count,
             gradient_norm=norm,
             learning_rate=learning_rate,
             num_samples=num_samples,
@@ -141,14 +149,14 @@ class TrainingLoop:
 
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
-        weight_zero = step_batch.num_samples == 0
-        *earlier, last = step_batch.micro_batches
-        results = []
+        num_real = len(step_batch.micro_batches) if step_batch.num_samples else 0
+        *earlier, last = self._forward.begin_step(step_batch.micro_batches)
+        results: list[BatchResult] = []
         for micro_batch in earlier:
             with self._forward.without_sync():
-                results.append(self._forward_and_backward(micro_batch, weight_zero))
-        results.append(self._forward_and_backward(last, weight_zero))
-        self.batch_losses = [result.loss for result in results]
+                results.append(self._forward_and_backward(micro_batch, len(results) >= num_real))
+        results.append(self._forward_and_backward(last, len(results) >= num_real))
+        self.batch_losses = [result.loss for result in results[: len(step_batch.micro_batches)]]
         return results
 
     def _forward_and_backward(self, micro_batch: Batch, weight_zero: bool) -> BatchResult:
@@ -166,16 +174,17 @@ class TrainingLoop:
     def _agree(self, count: float, num_samples: int) -> tuple[float, int, float]:
         """Count and samples of the global batch and seconds since the last step, equal on all ranks.
 
-        Wishes to stop ride on the same exchange.
+        Wishes to stop, and checkpoints that are being written, ride on the same exchange.
         """
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        wish = self._runtime.requested_stop()
+        wish, busy = self._runtime.requested_stop(), self._saving_to()
         if self._world_size == 1:
-            self.stop = wish
+            self.stop, self.busy = wish, busy
             return count, num_samples, seconds
-        mine = torch.tensor([[count, num_samples, wish, seconds]], dtype=torch.float64)
+        mine = torch.tensor([[count, num_samples, wish, seconds, busy]], dtype=torch.float64)
         rows = distributed.gather_rows(mine)[:, 0].tolist()
+        self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
         self.stop = Stop(int(max(row[2] for row in rows)))
         return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
 

@@ -27,6 +27,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         )
     has_sparse_gradients = any(getattr(module, "sparse", False) for module in model.modules())
     fused = not has_sparse_gradients and all(parameter.is_floating_point() for parameter in parameters)
+    if config.optimizer == "sgd" and any(hasattr(parameter, "placements") for parameter in parameters):
+        fused = False  # torch 2.13 has no fused SGD for sharded parameters
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": torch.optim.AdamW,
         "adam": torch.optim.Adam,

@@ -89,6 +89,8 @@ class Run:
 
     def _train_epoch(self) -> bool:
         """The remaining steps of the epoch in progress, or those up to a limit; whether it is whole then."""
+        if self._limits.ends_epoch(self._progress):
+            return True
         for record in self._loop.steps(self._sources.train):
             self._after_step(record)
             self.interruption = max(self.interruption, self._loop.stop)
@@ -97,8 +99,12 @@ class Run:
         return True
 
     def _after_step(self, record: StepRecord) -> None:
+        self._saver.poll(self._loop.busy)
         self._recorder.step(record, self._loop.take_data_wait_s())
         self._call_after_step(record)
+        if self._saver.snapshot_is_due(self._loop.busy):
+            self._recorder.flush()
+            self._saver.snapshot(self._recorder.metrics())
         if not self._limits.ends_epoch(self._progress) and not self._limits.reached(self._progress):
             self._safe_point()  # else validation and saving belong to the end of the epoch
 
@@ -110,7 +116,7 @@ class Run:
             return
         is_due = self._saver.due(moment) and (must_validate or not is_resumed)
         if self._save_requested or is_due:
-            self._save()
+            self._save(may_skip=not self._save_requested)
 
     def _close_epoch(self, is_whole: bool) -> None:
         """Validate, log, save and end the epoch in progress, which a limit may have cut short."""
@@ -145,10 +151,10 @@ class Run:
         self._recorder.validation(means)
         return True
 
-    def _save(self) -> None:
+    def _save(self, may_skip: bool = False) -> None:
         self._save_requested = False
         self._recorder.flush()
-        self._saver.save(self._recorder.metrics())
+        self._saver.save(self._recorder.metrics(), may_skip)
 
     def _call_after_step(self, record: StepRecord) -> None:
         hooks = self._hooks

@@ -3,13 +3,17 @@
 import enum
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
 
-from ray_trainer.storage import Storage
+from ray_trainer import distributed
+from ray_trainer.storage import Fence, Storage
+from ray_trainer.storage.lease import Terms, holding
+from ray_trainer.storage.snapshots import SnapshotStore
 
 
 class Stop(enum.IntEnum):
@@ -43,6 +47,10 @@ class Runtime(Protocol):
     def storage(self) -> Storage:
         """The run directory, the same on all ranks."""
 
+    @property
+    def snapshots(self) -> SnapshotStore | None:
+        """Memory that outlives this process, where there is one."""
+
     def __enter__(self) -> "Runtime":
         """The run begins."""
 
@@ -50,6 +58,14 @@ class Runtime(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """The run ended, however it did."""
+
+    def hold(self) -> AbstractContextManager[None]:
+        """The sole right to write to `storage`, which is fenced inside. Collective.
+
+        Raises:
+            LeaseHeldError: on all ranks; somebody else is at work there.
+            LeaseLostError: on all ranks; somebody else has taken over.
+        """
 
     def describe(self) -> Mapping[str, Any]:
         """The sections of ``run.yaml`` that training itself does not know."""
@@ -75,10 +91,20 @@ class LocalRuntime:
 
     While a run is on, the first Ctrl-C or SIGTERM asks it to stop after the step in progress; a second one
     ends it at once. Signals are left alone where the run is not on the main thread.
+
+    Args:
+        run_dir: path or URI.
+        device: CUDA where there is one, by default.
+        take_over: do not ask whether another process is at work on the run; it can't save any more then.
+        terms: how long the lease on the run's directory lasts.
     """
 
-    def __init__(self, run_dir: str, device: torch.device | None = None) -> None:
+    def __init__(
+        self, run_dir: str, device: torch.device | None = None, *, take_over: bool = False, terms: Terms | None = None
+    ) -> None:
         self._storage = Storage.open(run_dir)
+        self._take_over = take_over
+        self._terms = terms
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._stop = Stop.NONE
         self._handlers: dict[signal.Signals, Any] = {}
@@ -92,6 +118,11 @@ class LocalRuntime:
     def storage(self) -> Storage:
         """See `Runtime`."""
         return self._storage
+
+    @property
+    def snapshots(self) -> None:
+        """See `Runtime`; nothing outlives this process but storage."""
+        return None
 
     def __enter__(self) -> "LocalRuntime":
         """Listen to signals."""
@@ -108,6 +139,21 @@ class LocalRuntime:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """See `Runtime`; the lease is renewed by a thread of rank 0."""
+        storage = self._storage
+        with ExitStack() as stack:
+
+            def lead() -> Fence:
+                return stack.enter_context(holding(storage, self._terms, take_over=self._take_over)).fence
+
+            self._storage = storage.fenced(fence_on_all_ranks(lead))
+            try:
+                yield
+            finally:
+                self._storage = storage
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop is not Stop.NONE:
@@ -134,3 +180,14 @@ class LocalRuntime:
     def conclude(self, stop: Stop) -> None:
         """See `raise_interruption`."""
         raise_interruption(stop)
+
+
+def fence_on_all_ranks(claim: Callable[[], Fence]) -> Fence:
+    """Let rank 0 claim the run, and give its fence to all ranks. Collective."""
+    fence: Fence | None = None
+    with distributed.same_error_everywhere():
+        if distributed.rank() == 0:
+            fence = claim()
+    shared = distributed.broadcast_object(fence)
+    assert shared is not None  # rank 0 has claimed it, or all have raised
+    return shared

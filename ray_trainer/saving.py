@@ -1,25 +1,34 @@
 """When a checkpoint is written during a run, and who is told of it."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_trainer import distributed
-from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint
+from ray_trainer.checkpoint import (
+    CheckpointManager,
+    CheckpointMeta,
+    CheckpointRecord,
+    Commit,
+    LoadedCheckpoint,
+    MemoryTier,
+    Tier,
+)
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import CheckpointError
+from ray_trainer.errors import CheckpointError, LeaseLostError
 from ray_trainer.hooks import CheckpointSaved, HookCaller
 from ray_trainer.journal import RUN_FILES, Journal, move_aside
 from ray_trainer.runtime import Runtime
 from ray_trainer.state import Progress, TrainState
-from ray_trainer.triggers import Moment, any_of
+from ray_trainer.triggers import AffordableInterval, Moment, any_of
 
 logger = logging.getLogger(__name__)
 
-#: A save that failed is told and training goes on; so many failures in a row, over so long, end the run.
-MAX_FAILED_SAVES = 3
-MAX_FAILING_S = 600.0
+#: After a failed save the next is tried so much later, then twice as late, and so on up to the longest.
+_FIRST_RETRY_S = 5.0
+_LONGEST_RETRY_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,14 @@ class Audience:
 
 
 class Saver:
-    """Writes the state of a run when it is due. All decisions are equal on all ranks."""
+    """Writes the state of a run when it is due. All decisions are equal on all ranks.
+
+    Saving stops training for as long as the state is copied; it is written while training goes on, and
+    whoever is told of it is told when it is whole. One at a time.
+
+    Attributes:
+        saved_at_s: time of training when the last one was begun.
+    """
 
     def __init__(
         self,
@@ -42,6 +58,7 @@ class Saver:
         progress: Progress,
         meta: CheckpointMeta,
         audience: Audience,
+        memory: MemoryTier | None = None,
     ) -> None:
         """Prepare to save.
 
@@ -52,58 +69,103 @@ class Saver:
             progress: tells where the run is.
             meta: what is the same in every manifest of the run.
             audience: told after each commit.
+            memory: takes snapshots besides.
         """
         self._manager = manager
+        self._memory = memory
         self._state = state
         self._progress = progress
         self._meta = meta
         self._audience = audience
         self._is_on = not config.fast_dev_run
+        self._affordable = AffordableInterval(config.save_budget) if config.save_interval == "auto" else None
         self._trigger = any_of(
             steps=config.save_every_n_steps,
             epochs=config.save_every_n_epochs,
             minutes=config.save_every_minutes,
+            other=self._affordable,
         )
+        self._may_skip = config.overlapping_saves == "skip"
+        self._max_failures = config.max_failed_saves
         self._failures = 0
-        self._failing_since_s = 0.0
-        self._saved = self._mark()
+        self._retry_at_s = math.inf
+        self._saved: _Mark | None = self._mark()
+        self._pending: _Pending | None = None
+        self._is_prepared = False
         self.saved_at_s = progress.elapsed_s
 
     def due(self, moment: Moment) -> bool:
-        """Whether the configured intervals ask for a checkpoint now."""
-        return self._is_on and self._trigger.due(moment)
+        """Whether the configured intervals ask for a checkpoint now, or one that failed is to be tried again."""
+        return self._is_on and (self._trigger.due(moment) or self._progress.elapsed_s >= self._retry_at_s)
 
-    def save(self, metrics: Mapping[str, float]) -> None:
-        """Commit a checkpoint of the last completed step and tell everybody. Collective.
+    def busy(self) -> Tier:
+        """Where this rank's part of a checkpoint is on its way to; costs nothing where there is none."""
+        busy = Tier.NONE
+        if self._pending is not None and not self._pending.commit.is_done():
+            busy |= Tier.STORAGE
+        if self._memory is not None and self._memory.is_busy():
+            busy |= Tier.MEMORY
+        return busy
+
+    def snapshot_is_due(self, busy: Tier) -> bool:
+        """Whether memory wants a snapshot of the last completed step, and has the one before.
+
+        Args:
+            busy: as for `poll`.
+        """
+        is_free = self._is_on and self._memory is not None and Tier.MEMORY not in busy
+        return is_free and self._memory is not None and self._memory.due(self._progress.step)
+
+    def snapshot(self, metrics: Mapping[str, float]) -> None:
+        """Take a snapshot of the last completed step to memory. On all ranks."""
+        assert self._memory is not None  # it is due only there
+        self._audience.journal.flush()  # rows up to here must not be lost with this process
+        self._memory.take(self._state.state_dict(), self._rank_state(), self._meta_now(metrics))
+
+    def poll(self, busy: Tier) -> None:
+        """Go on with the checkpoint that is being written; after each step. Collective if there is one.
+
+        Args:
+            busy: where that of any rank is on its way to.
+
+        Raises:
+            CheckpointError: it failed, as did those before it.
+        """
+        if self._pending is not None and Tier.STORAGE not in busy:
+            self._attempt(self._advance)
+        elif self._is_on and not self._is_prepared:
+            self._manager.prepare(self._state.state_dict(("model", "optimizer")))
+        self._is_prepared = True
+
+    def save(self, metrics: Mapping[str, float], may_skip: bool = False) -> None:
+        """Begin a checkpoint of the last completed step. Collective.
+
+        Args:
+            metrics: of the run now.
+            may_skip: not to wait for the one before, where the configuration allows that.
 
         Raises:
             CheckpointError: it failed, as did those before it.
         """
         if not self._is_on:
             return
-        try:
-            self._commit(metrics)
-        except CheckpointError as error:  # equal on all ranks
-            self._failures += 1
-            self.saved_at_s = self._progress.elapsed_s  # the next one is due an interval later
-            if self._failures == 1:
-                self._failing_since_s = self._progress.elapsed_s
-            self._audience.journal.event(
-                "checkpoint_failed", self._progress.step, self._progress.last_epoch, reason=str(error)
-            )
-            logger.error("No checkpoint of step %d: %s", self._progress.step, error)
-            failing_s = self._progress.elapsed_s - self._failing_since_s
-            if self._failures >= MAX_FAILED_SAVES and failing_s >= MAX_FAILING_S:
-                raise
+        if self._pending is not None and may_skip and self._may_skip:
+            self._tell_skipped(self._pending)
+        elif self._attempt(self._finish):
+            self._attempt(lambda: self._begin(metrics))
 
     def save_last(self, metrics: Mapping[str, float]) -> None:
-        """Make sure that the last completed step is in a checkpoint. Collective.
+        """Make sure that the last completed step is in a checkpoint that is whole. Collective.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._is_on and self._saved != self._mark():
-            self._commit(metrics)
+        if not self._is_on:
+            return
+        self._attempt(self._finish)
+        if self._saved != self._mark():
+            self._begin(metrics)
+            self._finish()
 
     def save_after_error(self, metrics: Mapping[str, float]) -> None:
         """As `save_last`, while an error is on its way that matters more than one of saving."""
@@ -112,45 +174,125 @@ class Saver:
         except CheckpointError as error:
             logger.error("No checkpoint of step %d after the error: %s", self._progress.step, error)
 
-    def _commit(self, metrics: Mapping[str, float]) -> None:
-        progress = self._progress
-        meta = replace(self._meta, epoch=progress.last_epoch, step=progress.step, metrics=dict(metrics))
-        record = self._manager.commit(self._state.state_dict(), self._rank_state(), meta)
-        self._failures = 0
+    def close(self) -> None:
+        """Free the memory of snapshots; a checkpoint that is being written is given up."""
+        self._manager.close()
+        if self._memory is not None:
+            self._memory.close()
+
+    def _begin(self, metrics: Mapping[str, float]) -> None:
+        meta = self._meta_now(metrics)
+        self.saved_at_s = self._progress.elapsed_s
+        commit = self._manager.begin(self._state.state_dict(), self._rank_state(), meta)
         self._saved = self._mark()
-        self.saved_at_s = progress.elapsed_s
-        self._audience.runtime.checkpoint_committed(record.uri, metrics)
-        self._audience.journal.event(
+        self._pending = _Pending(commit, meta.metrics)
+        if commit.is_immediate:
+            self._finish()
+
+    def _meta_now(self, metrics: Mapping[str, float]) -> CheckpointMeta:
+        progress = self._progress
+        return replace(self._meta, epoch=progress.last_epoch, step=progress.step, metrics=dict(metrics))
+
+    def _finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        while self._pending is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        assert self._pending is not None  # asked by those who know
+        pending = self._pending
+        try:
+            record = self._manager.advance(pending.commit)
+        except CheckpointError:
+            self._pending = self._saved = None
+            raise
+        if record is not None:
+            self._pending = None
+            self._failures, self._retry_at_s = 0, math.inf
+            self._tell(record, pending)
+
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Do something that may fail for a while without ending the run; whether it did not."""
+        try:
+            action()
+        except LeaseLostError:  # nothing will ever be saved again
+            self._saved = None
+            raise
+        except CheckpointError as error:  # equal on all ranks
+            self._saved = None
+            self._failures += 1
+            pause_s = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2 ** (self._failures - 1))
+            self._retry_at_s = self._progress.elapsed_s + pause_s
+            self._audience.journal.event(
+                "checkpoint_failed", self._progress.step, self._progress.last_epoch, reason=str(error)
+            )
+            logger.error("No checkpoint up to step %d: %s", self._progress.step, error)
+            if self._failures >= self._max_failures:
+                raise
+            return False
+        return True
+
+    def _tell(self, record: CheckpointRecord, pending: "_Pending") -> None:
+        commit, audience = pending.commit, self._audience
+        if self._affordable is not None:
+            self._affordable.learn(commit.stall_s, self._meta.attempt - 1, self._progress.elapsed_s)
+        audience.runtime.checkpoint_committed(record.uri, pending.metrics)
+        audience.journal.event(
             "checkpoint_saved",
             record.step,
             record.epoch,
             checkpoint=record.name,
-            stall_s=record.seconds,
-            durable_s=record.seconds,
+            stall_s=commit.stall_s,
+            durable_s=commit.durable_s,
             size_bytes=record.size_bytes,
         )
-        if self._audience.hooks.on_checkpoint_saved is not None:
+        if audience.hooks.on_checkpoint_saved is not None:
             best = self._manager.best_record()
-            self._audience.hooks.on_checkpoint_saved(
+            audience.hooks.on_checkpoint_saved(
                 CheckpointSaved(
                     path=record.uri,
                     step=record.step,
                     epoch=record.epoch,
                     metrics=record.metrics,
                     is_best=best is not None and best.name == record.name,
-                    stall_s=record.seconds,
-                    durable_s=record.seconds,
+                    stall_s=commit.stall_s,
+                    durable_s=commit.durable_s,
                     size_bytes=record.size_bytes,
                 )
             )
+
+    def _tell_skipped(self, pending: "_Pending") -> None:
+        if not pending.has_delayed:
+            pending.has_delayed = True
+            step = self._progress.step
+            reason = f"the checkpoint of step {pending.commit.step} is still being written"
+            self._audience.journal.event("checkpoint_skipped", step, self._progress.last_epoch, reason=reason)
 
     def _rank_state(self) -> dict[str, Any]:
         """What is not rank 0's on this rank: the state of its hooks."""
         hooks = self._audience.hooks.state_dict() if distributed.rank() > 0 else {}
         return {"hooks": hooks} if hooks else {}
 
-    def _mark(self) -> tuple[int, str | None]:
+    def _mark(self) -> "_Mark":
         return self._progress.step, self._progress.stop_reason
+
+
+_Mark = tuple[int, str | None]
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written.
+
+    Attributes:
+        commit: its way to storage.
+        metrics: of the run when it was begun.
+        has_delayed: another was due meanwhile.
+    """
+
+    commit: Commit
+    metrics: Mapping[str, float]
+    has_delayed: bool = False
 
 
 def make_room(manager: CheckpointManager, saved: LoadedCheckpoint | None, resume_from: str | None) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -10,25 +10,20 @@ import torch
 from torch import nn
 
 from ray_trainer import distributed
-from ray_trainer.checkpoint import Manifest
+from ray_trainer.checkpoint import LoadedCheckpoint, Manifest
 from ray_trainer.config import TrainingConfig
+from ray_trainer.continuation import DataChange, accept_changes, data_record, saved_progress
 from ray_trainer.data.batch import BatchPlan, to_device
 from ray_trainer.data.ordered import OrderedSource
+from ray_trainer.data.quarantine import BadDataPolicy
 from ray_trainer.data.source import BatchSource
-from ray_trainer.errors import ConfigError, DataError, RayTrainerError, StateMismatchError
+from ray_trainer.errors import ConfigError, DataError, RayTrainerError
+from ray_trainer.journal import Journal
 from ray_trainer.seeding import isolated_rng
 from ray_trainer.state import Progress
-from ray_trainer.task import Task
+from ray_trainer.task import Task, TaskSpec
 
 logger = logging.getLogger(__name__)
-
-#: Settings that say where and how often a run is looked at, not what it computes.
-_WITHOUT_EFFECT = {
-    "checkpoint_dir", "save_every_n_epochs", "save_every_n_steps", "save_every_minutes", "keep_last_n",
-    "keep_best_k", "log_every_n_steps", "tensorboard", "run_name", "notes", "max_time", "num_loader_workers",
-}  # fmt: skip
-#: Settings that decide which samples a step takes: another value is another run.
-_OF_THE_ORDER = ("random_seed", "shuffle", "drop_last", "limit_train_batches", "validation_split")
 
 
 @dataclass(frozen=True)
@@ -40,25 +35,29 @@ class Limits:
         max_steps: number of steps, whatever the epochs.
         max_time_s: seconds of training over all attempts.
         steps_per_epoch: None where the data has no length.
+        total_steps: of the whole run, where they are known.
     """
 
     epochs: int
     max_steps: int | None
     max_time_s: float | None
     steps_per_epoch: int | None
+    total_steps: int | None
 
     @classmethod
-    def of(cls, config: TrainingConfig, steps_per_epoch: int | None) -> "Limits":
-        """Those of a configuration; ``fast_dev_run`` is one epoch."""
-        epochs = 1 if config.fast_dev_run else config.epochs
-        return cls(epochs, config.max_steps, config.max_time_s, steps_per_epoch)
+    def of(cls, config: TrainingConfig, steps_per_epoch: int | None, progress: Progress) -> "Limits":
+        """Those of a configuration; ``fast_dev_run`` is one epoch.
 
-    @property
-    def total_steps(self) -> int | None:
-        """Steps of the whole run, where they are known."""
-        by_epochs = None if self.steps_per_epoch is None else self.steps_per_epoch * self.epochs
-        known = [steps for steps in (by_epochs, self.max_steps) if steps is not None]
-        return min(known) if known else None
+        What was done counts as it was done: epochs may have had another length, or have been started twice, where
+        the data changed. Otherwise the total is the same at each point of a run.
+        """
+        epochs = 1 if config.fast_dev_run else config.epochs
+        by_epochs = None
+        if steps_per_epoch is not None:
+            of_this_epoch = 0 if progress.epoch_logged else max(0, steps_per_epoch - progress.step_in_epoch)
+            by_epochs = progress.step + of_this_epoch + max(0, epochs - progress.epoch - 1) * steps_per_epoch
+        known = [steps for steps in (by_epochs, config.max_steps) if steps is not None]
+        return cls(epochs, config.max_steps, config.max_time_s, steps_per_epoch, min(known) if known else None)
 
     def reached(self, progress: Progress) -> bool:
         """Whether there is nothing left to train."""
@@ -70,8 +69,8 @@ class Limits:
         )
 
     def ends_epoch(self, progress: Progress) -> bool:
-        """Whether the last completed step was the epoch's last."""
-        return progress.step_in_epoch == self.steps_per_epoch
+        """Whether no step of the epoch is left: it may have become shorter than what was done of it."""
+        return self.steps_per_epoch is not None and progress.step_in_epoch >= self.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,63 @@ class Setup:
         limits: where the run ends.
         monitor: the metric that says which checkpoint is best.
         global_batch_size: samples of a step over all ranks.
+        data: what is recorded of the data, by split.
+        data_changes: how it differs from that of the checkpoint.
     """
 
     sources: Sources
     limits: Limits
     monitor: str
     global_batch_size: int
+    data: dict[str, Any]
+    data_changes: tuple[DataChange, ...] = ()
+
+    @property
+    def restarts_epoch(self) -> bool:
+        """Whether the epoch in progress starts again from its first sample."""
+        return any(change.restarts_epoch for change in self.data_changes)
+
+    def tell(self, journal: Journal, progress: Progress) -> None:
+        """Record what is particular about the data, once in a run."""
+        for change in self.data_changes:
+            journal.event_once("data_changed", progress.step, progress.epoch, **asdict(change))
+        for split, source in (("train", self.sources.train), ("val", self.sources.val)):
+            left_out = getattr(source, "left_out", None)
+            if left_out is not None:
+                journal.event_once("data_quarantined", split=split, **left_out.to_dict())
+
+
+def decide(
+    config: TrainingConfig,
+    sources: Sources,
+    global_batch_size: int,
+    saved: LoadedCheckpoint | None,
+    metric_names: tuple[str, ...],
+) -> Setup:
+    """Everything that follows from the configuration, the data and the checkpoint.
+
+    Raises:
+        ConfigError: the monitored metric does not exist.
+        StateMismatchError: the run cannot go on from the checkpoint.
+    """
+    record = data_record(sources.train, sources.val)
+    changes = tuple(accept_changes(saved.manifest if saved else None, config, record))
+    monitor = choose_monitor(config, metric_names, sources.val is not None)
+    progress, length = saved_progress(saved), sources.train.steps_per_epoch()
+    limits = Limits.of(config, length, progress)
+    if limits.reached(progress):
+        changes = ()  # nothing will be trained on the data
+    elif any(change.restarts_epoch for change in changes):
+        progress.restart_epoch()
+        limits = Limits.of(config, length, progress)
+    return Setup(sources, limits, monitor, global_batch_size, record, changes)
+
+
+def bad_data_policy(config: TrainingConfig, task_spec: TaskSpec | None, collate_fn: Any) -> BadDataPolicy:
+    """What is done with bad rows; only the columns that the task names are searched, where it does."""
+    names_columns = task_spec is not None and task_spec.input_fields and collate_fn is None
+    columns = frozenset([*task_spec.input_fields, task_spec.target_field]) if task_spec and names_columns else None
+    return BadDataPolicy(config.on_bad_data, config.max_bad_ratio, columns)
 
 
 def choose_global_batch_size(config: TrainingConfig, saved: Manifest | None) -> int:
@@ -182,45 +232,6 @@ def choose_monitor(config: TrainingConfig, metric_names: tuple[str, ...], valida
     return config.monitor
 
 
-def refuse_changes(saved: Manifest | None, config: TrainingConfig, fingerprint: str) -> None:
-    """Compare a run with its checkpoint: what cannot be continued is refused, other differences are told.
-
-    Raises:
-        StateMismatchError: data, or settings that decide the order of samples, are not what they were.
-    """
-    if saved is None:
-        return
-    now = config.to_dict()
-    changed = {
-        name: (old, now[name])
-        for name, old in saved.config.items()
-        if name in now and _plain(old) != _plain(now[name]) and name not in _WITHOUT_EFFECT
-    }
-    problems = [
-        f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in _OF_THE_ORDER if name in changed
-    ]
-    if "optimizer" in changed:
-        problems.append(
-            "the optimizer was {!r} and is {!r}, which cannot take over its state".format(*changed["optimizer"])
-        )
-    if saved.data_fingerprint and saved.data_fingerprint != fingerprint:
-        problems.append("the training data is not the data that the run was started with")
-    if problems:
-        raise StateMismatchError(
-            "The run cannot be continued, because its steps would not be the same: " + "; ".join(problems) + ". "
-            "Bring back what was there, or start a new run under another name or directory."
-        )
-    for name, (old, new) in changed.items():
-        logger.warning("%s was %r when the checkpoint was written and is %r now.", name, old, new)
-    threads = torch.get_num_threads()
-    if saved.num_threads != threads:
-        logger.warning(
-            "The checkpoint was computed with %d threads, this is %d: bits may differ.",
-            saved.num_threads,
-            threads,
-        )
-
-
 def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources: Sources) -> None:
     """Run the first batch of each source through model and loss, without a trace in either.
 
@@ -254,7 +265,3 @@ def _try(task: Task, model: nn.Module, device: torch.device, source: BatchSource
         task.evaluate(model, batch)
         if isinstance(source, OrderedSource):
             task.check_all_labels(model, batch, source.column)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,6 +1,6 @@
 """What a run must keep to go on as if it had never stopped, registered part by part under a name."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,7 +50,7 @@ class Progress:
     @property
     def last_epoch(self) -> int:
         """The epoch that the last completed step belongs to."""
-        return self.epoch - int(self.step_in_epoch == 0 and self.step > 0)
+        return max(0, self.epoch - int(self.step_in_epoch == 0 and self.step > 0))
 
     def complete_step(self, num_samples: int, seconds: float, skipped: bool) -> None:
         """Count one step that all ranks have completed."""
@@ -67,6 +67,12 @@ class Progress:
         self.step_in_epoch = 0
         self.epoch_elapsed_s = 0.0
         self.epoch_logged = False
+
+    def restart_epoch(self) -> None:
+        """Go back to the first sample of the epoch in progress, unless it is finished; its steps stay counted."""
+        if not self.epoch_logged:
+            self.step_in_epoch = 0
+            self.epoch_elapsed_s = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """All fields, by name."""
@@ -88,9 +94,9 @@ class TrainState:
     def __init__(self, parts: Mapping[str, Stateful]) -> None:
         self._parts = dict(parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of every part, by name."""
-        return {name: part.state_dict() for name, part in self._parts.items()}
+    def state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """The state of every part, or of those that are named."""
+        return {name: part.state_dict() for name, part in self._parts.items() if names is None or name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore every part.

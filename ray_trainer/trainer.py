@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ray_trainer import distributed
-from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, Manifest
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, MemoryTier
 from ray_trainer.config import TrainingConfig
+from ray_trainer.continuation import require_same_data
 from ray_trainer.data import BatchSource, UniversalDataModule
 from ray_trainer.errors import ConfigError
 from ray_trainer.evaluation import ValidationLoop
@@ -28,18 +29,19 @@ from ray_trainer.optim import (
     follow_schedule,
     refuse_unusable,
 )
+from ray_trainer.ownership import owned
+from ray_trainer.placement import Placement, place_model
 from ray_trainer.recording import Books, Recorder
 from ray_trainer.run import Run
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
 from ray_trainer.saving import Audience, Saver, make_room
 from ray_trainer.seeding import deterministic_mode, set_random_seed
 from ray_trainer.setup import (
-    Limits,
     Setup,
     Sources,
+    bad_data_policy,
     choose_global_batch_size,
-    choose_monitor,
-    refuse_changes,
+    decide,
     train_plan,
     try_first_batch,
     validation_plan,
@@ -114,11 +116,12 @@ class Trainer:
         self.runtime = runtime or LocalRuntime(training_config.checkpoint_dir)
         self.device = self.runtime.device
         set_random_seed(training_config.random_seed)
-        self.model = model.to(self.device)
+        self.model = place_model(model, optimizer, self.device, training_config)
         pad_token_id = getattr(config, "pad_token_id", None)
         self.loss_strategy = loss_strategy or loss_for(task_spec)
         self.task = Task(task_spec, model, self.loss_strategy, pad_token_id)
         self.optimizer = optimizer or build_optimizer(model, training_config)
+        self._placement = Placement.of(model, self.optimizer)
         self.scheduler = scheduler
         self._builds_optimizer = optimizer is None
         self._builds_scheduler = scheduler is None
@@ -159,28 +162,41 @@ class Trainer:
         Raises:
             DataError: the data cannot be trained on; before anything is written.
             CheckpointError: the checkpoint cannot be used, or the last one could not be written.
+            LeaseHeldError: another process is at work on the run; nothing was written.
             DivergenceError: too many steps in a row had unusable gradients.
         """
         config = self.training_config
         config.validate()
-        with deterministic_mode(config.deterministic), self.runtime:
-            saved = self.checkpoint_manager.restore(resume_from)
+        ownership = owned(self.runtime, self.checkpoint_manager, is_needed=not config.fast_dev_run)
+        with deterministic_mode(config.deterministic), self.runtime, ownership:
+            saved = self._restore(resume_from)
             with distributed.same_error_everywhere():
-                setup = self._set_up(train_data, val_data, saved.manifest if saved else None)
+                setup = self._set_up(train_data, val_data, saved)
+            with self._placement.trial():
+                try_first_batch(self.task, self.model, self.device, setup.sources)
+            require_same_data(setup.data)
             interruption = self._carry_out(setup, saved, resume_from)
         self.runtime.conclude(interruption)
         return self._results(setup.monitor)
 
-    def _set_up(self, train_data: Any, val_data: Any, saved: Manifest | None) -> Setup:
+    def _restore(self, resume_from: str | None) -> LoadedCheckpoint | None:
+        """The state to go on from: the newest snapshot in memory, or what storage has."""
+        store, share = self.runtime.snapshots, self._placement.share
+        self._memory = None if store is None else MemoryTier(store, self.checkpoint_manager)
+        snapshot = self._memory.restore(share) if self._memory and resume_from == "auto" else None
+        return snapshot or self.checkpoint_manager.restore(resume_from, share)
+
+    def _set_up(self, train_data: Any, val_data: Any, saved: LoadedCheckpoint | None) -> Setup:
         """Find whatever is wrong with data and configuration before anything is written."""
         config = self.training_config
-        global_batch_size = choose_global_batch_size(config, saved)
+        global_batch_size = choose_global_batch_size(config, saved.manifest if saved else None)
         data = UniversalDataModule(
             train_data,
             val_data,
             task_spec=self.task_spec,
             tokenizer=self.tokenizer,
             val_split=config.validation_split,
+            bad_data=bad_data_policy(config, self.task_spec, self.data_collator),
             seed=config.random_seed,
             collate_fn=self.data_collator,
         )
@@ -190,13 +206,10 @@ class Trainer:
             val=data.val_source(validation_plan(config)),
             micro_batches_a_step=plan.micro_batches_a_step,
         )
-        limits = Limits.of(config, sources.train.steps_per_epoch())
-        monitor = choose_monitor(config, self.task.metric_names, sources.val is not None)
+        setup = decide(config, sources, global_batch_size, saved, self.task.metric_names)
         if self._builds_scheduler:
-            self.scheduler = build_scheduler(self.optimizer, config, limits.total_steps)
-        refuse_changes(saved, config, sources.train.fingerprint)
-        try_first_batch(self.task, self.model, self.device, sources)
-        return Setup(sources, limits, monitor, global_batch_size)
+            self.scheduler = build_scheduler(self.optimizer, config, setup.limits.total_steps)
+        return setup
 
     def _carry_out(self, setup: Setup, saved: LoadedCheckpoint | None, resume_from: str | None) -> Stop:
         """Connect the parts, give them their state, and run; returns why the outside ended it, if it did."""
@@ -210,13 +223,17 @@ class Trainer:
         if saved is not None:
             state.load_state_dict({**saved.state, **(saved.rank_state or {})})
             self._follow_config()
+        if setup.restarts_epoch:
+            self.progress.restart_epoch()
+            recorder.reset_epoch()
         forward = Forward.build(self.model, self.device, self.training_config)
         if not self.training_config.fast_dev_run:
             make_room(self.checkpoint_manager, saved, resume_from)
         books.journal.open(saved)
+        setup.tell(books.journal, self.progress)
         saver = self._build_saver(setup, state, books.journal)
         run = self._build_run(setup, forward, recorder, books, saver)
-        with self._hooks.training(), closing(books.journal):
+        with self._hooks.training(), closing(books.journal), closing(saver):
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
             run.execute()
@@ -242,8 +259,7 @@ class Trainer:
     def _train_state(self, books: Books, recorder: Recorder, source: BatchSource) -> TrainState:
         """Register everything that a checkpoint has to hold."""
         parts: dict[str, Stateful] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
+            **self._placement.parts,
             "accumulator": self.gradient_accumulator,
             "monitor": self.gradient_monitor,
             "progress": self.progress,
@@ -265,11 +281,12 @@ class Trainer:
             step=0,
             global_batch_size=setup.global_batch_size,
             config=self.training_config.to_dict(),
-            data_fingerprint=setup.sources.train.fingerprint,
-            attempt=journal.attempt,
+            data_fingerprint=setup.data["train"]["fingerprint"],
+            data=setup.data,
+            attempt=distributed.broadcast_object(journal.attempt),
         )
         audience = Audience(self.runtime, journal, self._hooks)
-        return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience)
+        return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience, self._memory)
 
     def _build_run(self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver) -> Run:
         loop = TrainingLoop(
@@ -281,6 +298,7 @@ class Trainer:
             sums=books.sums,
             runtime=self.runtime,
             seed=self.training_config.random_seed,
+            saving_to=saver.busy,
         )
         validation = ValidationLoop(forward, self.task, self.runtime)
         return Run(self.training_config, setup, loop, validation, recorder, saver, self._hooks)

@@ -78,9 +78,51 @@ class EveryMinutes(_Combinable):
         return moment.idle_s >= self.minutes * 60
 
 
-def any_of(*, steps: int | None = None, epochs: int | None = None, minutes: float | None = None) -> AnyOf:
+class AffordableInterval:
+    """As often as a budget of time allows, as CheckFreq does (Mohan et al., FAST '21).
+
+    Once a run has failed, the interval of Young (1974) and Daly (2006) takes the place of the budget: the
+    square root of 2 x cost x mean time between failures, which loses the least time altogether.
+    """
+
+    #: Before the cost of a checkpoint is known.
+    FIRST_S = 60.0
+
+    def __init__(self, budget: float) -> None:
+        """Start from nothing.
+
+        Args:
+            budget: part of the time of training that checkpoints may cost.
+        """
+        self._budget = budget
+        self.interval_s = self.FIRST_S
+
+    def due(self, moment: Moment) -> bool:
+        """See `Trigger`."""
+        return moment.step > 0 and moment.idle_s >= self.interval_s
+
+    def learn(self, cost_s: float, num_failures: int, elapsed_s: float) -> None:
+        """Take account of a checkpoint.
+
+        Args:
+            cost_s: for how long it stopped training; equal on all ranks, as all else.
+            num_failures: of the run up to now.
+            elapsed_s: time of training up to now.
+        """
+        self.interval_s = cost_s / self._budget
+        if num_failures:
+            self.interval_s = math.sqrt(2 * cost_s * elapsed_s / num_failures)
+
+
+def any_of(
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    other: Trigger | None = None,
+) -> AnyOf:
     """The triggers of those intervals that are set."""
-    triggers: list[Trigger] = []
+    triggers: list[Trigger] = [] if other is None else [other]
     if steps is not None:
         triggers.append(EverySteps(steps))
     if epochs is not None:

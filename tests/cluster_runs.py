@@ -62,20 +62,20 @@ def write_run_file(path: Path, **sections: Any) -> Path:
 
 
 class Command:
-    """``ray-trainer train`` in a process group of its own.
+    """``ray-trainer train``, or another command, in a process group of its own.
 
     Attributes:
-        run_dir: of the run that it trains.
+        run_dir: of the run that it trains, or of the sweep.
     """
 
-    def __init__(self, run_file: Path, ray_temp_dir: str, log: IO[bytes]) -> None:
+    def __init__(self, run_file: Path, ray_temp_dir: str, log: IO[bytes], command: str = "train") -> None:
         cluster = yaml.safe_load(run_file.read_text())["cluster"]
         self.run_dir = Path(cluster["storage_path"], cluster["name"])
         hidden = ("RAY_ADDRESS", "PYTHONPATH")
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ray_trainer", "train", str(run_file)],
+            [sys.executable, "-m", "ray_trainer", command, str(run_file)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -83,6 +83,11 @@ class Command:
             start_new_session=True,
         )
         self._seen: set[tuple[int, str]] = set()
+
+    @property
+    def pid(self) -> int:
+        """Of the command itself, the driver of its run."""
+        return self._process.pid
 
     @property
     def output(self) -> str:
@@ -104,7 +109,7 @@ class Command:
             steps = [row["step"] for row in whole_lines(self.run_dir / "metrics.jsonl")]
             return steps[-1] if steps and steps[-1] >= step else None
 
-        return self._until(newest, f"step {step}")
+        return self.until(newest, f"step {step}")
 
     def worker_pid(self, rank: int) -> int:
         """The process of one of two ranks. Rank 0 is the one that has files of the run open."""
@@ -116,7 +121,7 @@ class Command:
                 return None
             return writers[0] if rank == 0 else next(pid for pid in workers if pid not in writers)
 
-        return self._until(found, f"the worker of rank {rank}")
+        return self.until(found, f"the worker of rank {rank}")
 
     def actor_pid(self, name: str) -> int:
         """The process of the only actor of a class."""
@@ -125,7 +130,7 @@ class Command:
             pids = [pid for pid in self._family() if command_line(pid).startswith(f"ray::{name}")]
             return pids[0] if len(pids) == 1 else None
 
-        return self._until(found, f"the actor {name}")
+        return self.until(found, f"the actor {name}")
 
     def send(self, number: signal.Signals) -> None:
         """A signal to the command alone."""
@@ -139,7 +144,7 @@ class Command:
 
     def wait_until_nothing_is_left(self) -> None:
         """Until no process of the command or of its Ray, as far as they were seen, is alive."""
-        self._until(lambda: not any(map(is_alive, self._seen)) or None, "the end of all processes")
+        self.until(lambda: not any(map(is_alive, self._seen)) or None, "the end of all processes")
 
     def close(self) -> None:
         """End whatever is left of it."""
@@ -156,7 +161,8 @@ class Command:
         self._seen |= {(pid, started_at(pid)) for pid in family}
         return family
 
-    def _until(self, look: Callable[[], T | None], what: str) -> T:
+    def until(self, look: Callable[[], T | None], what: str) -> T:
+        """What is looked for, once it is there."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             found = look()
@@ -167,14 +173,14 @@ class Command:
 
 
 @contextmanager
-def training(run_file: Path) -> Iterator[Command]:
-    """``ray-trainer train RUN_FILE``, under way; nothing of it is alive afterwards."""
+def training(run_file: Path, command: str = "train") -> Iterator[Command]:
+    """``ray-trainer train RUN_FILE``, or another command, under way; nothing of it is alive afterwards."""
     with short_directory() as ray_temp_dir, tempfile.TemporaryFile() as log:
-        command = Command(run_file, ray_temp_dir, log)
+        running = Command(run_file, ray_temp_dir, log, command)
         try:
-            yield command
+            yield running
         finally:
-            command.close()
+            running.close()
 
 
 def kill(pid: int) -> None:

@@ -172,6 +172,12 @@ def run(run_dir: Path, resume_from: str | None = "auto", **changes: Any) -> Outc
     return carry_out(prepare(run_dir, **changes), resume_from)
 
 
+def everything_in(directory: Path) -> set[Path]:
+    """All files and directories of a run, relative to it, without those that say who is at work on it."""
+    found = (path.relative_to(directory) for path in directory.rglob("*"))
+    return {path for path in found if ".lease" not in path.parts}
+
+
 def metric_rows(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl by step, without what time puts into them."""
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

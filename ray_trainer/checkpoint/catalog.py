@@ -10,6 +10,7 @@ from ray_trainer.checkpoint.layout import (
     read_manifest,
     size_problems,
 )
+from ray_trainer.checkpoint.lineage import Lineage
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
 from ray_trainer.errors import CheckpointCorruptError, CheckpointNotFoundError, NewerFormatError
 from ray_trainer.storage import Storage
@@ -96,7 +97,8 @@ def list_checkpoints(location: Storage | str | os.PathLike[str]) -> list[Checkpo
     Checksums are not computed; `verify` does.
     """
     run = open_storage(location)
-    records = [_record(run, name) for name in checkpoint_names(run)]
+    lineage = Lineage.of(run)
+    records = [_record(run, name, lineage) for name in checkpoint_names(run)]
     return [record for record in records if record]
 
 
@@ -124,7 +126,7 @@ def verify(location: Storage | str | os.PathLike[str], name: str) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def _record(run: Storage, name: str) -> CheckpointRecord | None:
+def _record(run: Storage, name: str, lineage: Lineage) -> CheckpointRecord | None:
     checkpoint = run.child(name)
     try:
         manifest = read_manifest(checkpoint)
@@ -132,5 +134,7 @@ def _record(run: Storage, name: str) -> CheckpointRecord | None:
         return None
     except NewerFormatError as error:
         logger.warning("%s is left alone: %s", checkpoint.uri, error)
+        return None
+    if lineage.is_stray(name, manifest):
         return None
     return None if size_problems(checkpoint, manifest) else CheckpointRecord.of(name, checkpoint.uri, manifest)

@@ -7,7 +7,7 @@ a manifest is written only when every rank's files are durable.
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +17,15 @@ from ray_trainer import distributed
 from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
 from ray_trainer.checkpoint.catalog import CheckpointRecord
 from ray_trainer.checkpoint.encoding import encode_plain
+from ray_trainer.checkpoint.images import FileImage
 from ray_trainer.checkpoint.layout import (
-    FileImage,
     checkpoint_name,
+    checkpoint_order,
     discard,
     pack_rank_state,
+    pack_shards,
     pack_state,
     read_manifest,
-    size_problems,
-    write_file,
 )
 from ray_trainer.checkpoint.manifest import (
     MANIFEST,
@@ -37,8 +37,11 @@ from ray_trainer.checkpoint.manifest import (
     monitor_value,
     plain_metrics,
 )
-from ray_trainer.errors import CheckpointCorruptError, CheckpointError, NewerFormatError
+from ray_trainer.checkpoint.retention import RetentionPolicy
+from ray_trainer.checkpoint.writer import DirectWriter, Writer
+from ray_trainer.errors import CheckpointCorruptError, CheckpointError, LeaseLostError, NewerFormatError
 from ray_trainer.storage import Storage
+from ray_trainer.storage.sealing import Seal, Sealed, WrittenFile
 
 logger = logging.getLogger(__name__)
 
@@ -46,72 +49,148 @@ logger = logging.getLogger(__name__)
 class Commit:
     """One checkpoint on its way from memory to storage.
 
-    Every phase is agreed: a rank that fails in it makes all ranks raise, and nothing is committed.
+    Every phase is agreed: a rank that fails in it makes all ranks raise, and nothing is committed. Between
+    phases each rank's writer works, and training may go on::
+
+        begin    → each rank's files are taken and being written
+        advance  → their checksums are shared; rank 0 declares the checkpoint whole
+        advance  → it is whole
+
+    Attributes:
+        step: that it holds.
+        record: of the checkpoint once it is whole.
+        stall_s: how long `begin` took on the slowest rank.
+        durable_s: from its beginning until it was whole.
     """
 
-    def __init__(self, run: Storage, meta: CheckpointMeta, monitor: str, mode: str) -> None:
+    def __init__(
+        self, run: Storage, writer_for: Callable[[int], Writer], meta: CheckpointMeta, policy: RetentionPolicy
+    ) -> None:
+        """Prepare to commit.
+
+        Args:
+            run: where the checkpoint goes.
+            writer_for: who writes files of so many bytes; equal on all ranks.
+            meta: where in the run this is.
+            policy: which checkpoints stay afterwards.
+        """
         self._run = run
+        self._writer_for = writer_for
+        self._writer: Writer = DirectWriter()
+        self._images: list[FileImage] = []
         self._meta = meta
-        self._monitor = monitor
-        self._mode = mode
-        self._started_s = time.perf_counter()
+        self._policy = policy
+        self._started_at_s = time.time()
         self._name = ""
         self._manifest: Manifest | None = None
-        self._images: list[FileImage] = []
+        self._is_sealing = False
+        self.step = meta.step
+        self.record: CheckpointRecord | None = None
+        self.deleted: tuple[str, ...] = ()
+        self.stall_s = 0.0
+        self.durable_s = 0.0
 
-    def carry_out(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> CheckpointRecord:
-        """Write the state of rank 0, the rank state of every rank, and the manifest. Collective.
+    def begin(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+        """Take the state of rank 0 and the rank state of every rank. Collective.
 
         Raises:
             CheckpointError: on all ranks; names the ranks that failed and why.
         """
-        self._name = on_all_ranks(lambda: self._prepare(state, rank_state))[0]
+        started_s = time.perf_counter()
+        packed = on_all_ranks(lambda: self._prepare(state, rank_state))
+        self._name = packed[0][0]
+        self._writer = self._writer_for(max(size_bytes for _, size_bytes in packed))
+        self._writer.write(self._run.child(self._name), self._images)
+        self._images = []
+        self.stall_s = time.perf_counter() - started_s
+
+    @property
+    def is_immediate(self) -> bool:
+        """Whether it is so small that nothing goes on beside training."""
+        return isinstance(self._writer, DirectWriter)
+
+    def is_done(self) -> bool:
+        """Whether this rank could `advance` without waiting."""
+        return self._writer.is_done()
+
+    def advance(self, records: Callable[[], list[CheckpointRecord]]) -> bool:
+        """Go on to the next phase, waiting for this one; whether the checkpoint is whole. Collective.
+
+        Args:
+            records: the checkpoints there are, of which some may have to go; asked on rank 0.
+
+        Raises:
+            CheckpointError: on all ranks; names the ranks that failed and why.
+        """
         try:
-            entries = on_all_ranks(self._write_files)
-            return on_rank_zero(lambda: self._seal(entries))
+            if self._is_sealing:
+                self.record, self.deleted, self.durable_s = on_rank_zero(self._conclude)
+                return True
+            outcomes = on_all_ranks(lambda: (self._writer.result(), self.stall_s))
+            self.stall_s = max(stall_s for _, stall_s in outcomes)
+            if distributed.rank() == 0:
+                self._seal([files for files, _ in outcomes], records())
+            self._is_sealing = True
+            return False
         except CheckpointError:
             if distributed.rank() == 0:
                 self._abandon()
             raise
 
-    def _prepare(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> str:
+    def _prepare(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> tuple[str, int]:
         """Find everything that can't be stored before the first byte is written."""
-        self._images = pack_rank_state(rank_state, distributed.rank())
-        if distributed.rank() > 0:
-            return ""
-        self._images = pack_state(state) + self._images
-        self._manifest = _draft(self._meta, self._monitor, self._mode)
-        return _free_name(self._run, self._manifest)
+        self._images = files_of_rank(state, rank_state)
+        name = ""
+        if distributed.rank() == 0:
+            self._manifest = draft(self._meta, self._policy, self._run.fence.epoch)
+            name = _free_name(self._run, self._manifest)
+        return name, sum(image.size_bytes for image in self._images)
 
-    def _write_files(self) -> dict[str, FileEntry]:
-        checkpoint = self._run.child(self._name)
-        return {image.name: write_file(checkpoint, image) for image in self._images}
-
-    def _seal(self, entries: list[dict[str, FileEntry]]) -> CheckpointRecord:
+    def _seal(self, written: list[dict[str, WrittenFile]], records: list[CheckpointRecord]) -> None:
         assert self._manifest is not None  # rank 0 drafted it
-        checkpoint = self._run.child(self._name)
-        manifest = replace(
-            self._manifest,
-            files={name: entry for files in entries for name, entry in files.items()},
-            seconds=time.perf_counter() - self._started_s,
-        )
-        if problems := size_problems(checkpoint, manifest):
-            raise CheckpointError(
-                f"Files that were written are not there: {'; '.join(problems)}. "
-                f"Is {self._run.uri} the same storage on every node?"
+        files = {name: FileEntry(*file) for files in written for name, file in files.items()}
+        self._manifest = replace(self._manifest, files=files, seconds=time.time() - self._started_at_s)
+        record = self._record()
+        others = [other for other in records if other.name != record.name]
+        everything = sorted([*others, record], key=lambda each: checkpoint_order(each.name) or ())
+        removable = self._policy.removable(everything, protected=[record.name])
+        self._writer.seal(
+            Seal(
+                self._run,
+                self._name,
+                sizes={name: entry.size for name, entry in files.items()},
+                manifest=(MANIFEST, self._manifest.to_bytes()),
+                obsolete=tuple(each.name for each in removable),
             )
-        checkpoint.sync()
-        checkpoint.write(MANIFEST, manifest.to_bytes())
-        return CheckpointRecord.of(self._name, checkpoint.uri, manifest)
+        )
+
+    def _conclude(self) -> tuple[CheckpointRecord, tuple[str, ...], float]:
+        sealed: Sealed = self._writer.result()
+        return self._record(), sealed.deleted, sealed.at_s - self._started_at_s
+
+    def _record(self) -> CheckpointRecord:
+        assert self._manifest is not None  # rank 0 drafted it
+        return CheckpointRecord.of(self._name, self._run.child(self._name).uri, self._manifest)
 
     def _abandon(self) -> None:
         try:
             discard(self._run, self._name)
-        except OSError as error:
+        except (OSError, LeaseLostError) as error:
             logger.warning("What a failed save left in %s could not be removed: %s", self._name, error)
 
 
-def _draft(meta: CheckpointMeta, monitor: str, mode: str) -> Manifest:
+def files_of_rank(state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> list[FileImage]:
+    """The files that this rank writes.
+
+    Raises:
+        CheckpointError: something can't be stored; names its path.
+    """
+    rank = distributed.rank()
+    own = pack_shards(state, rank) + pack_rank_state(rank_state, rank)
+    return pack_state(state) + own if rank == 0 else own
+
+
+def draft(meta: CheckpointMeta, policy: RetentionPolicy, fencing_epoch: int) -> Manifest:
     """The manifest as far as it is known before the files are written."""
     metrics = plain_metrics(meta.metrics)
     config = dict(meta.config)
@@ -123,15 +202,17 @@ def _draft(meta: CheckpointMeta, monitor: str, mode: str) -> Manifest:
         config=config,
         config_hash=config_hash(encode_plain(config, ("config",))),
         data_fingerprint=meta.data_fingerprint,
+        data=dict(meta.data),
         metrics=metrics,
-        monitor=monitor,
-        mode=mode,
-        monitor_value=monitor_value(metrics, monitor),
+        monitor=policy.monitor,
+        mode=policy.mode,
+        monitor_value=monitor_value(metrics, policy.monitor),
         time=time.time(),
         seconds=0.0,
         attempt=meta.attempt,
         versions=library_versions(),
         num_threads=torch.get_num_threads(),
+        fencing_epoch=fencing_epoch,
         files={},
     )
 

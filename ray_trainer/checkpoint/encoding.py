@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ray_trainer.checkpoint.shards import is_sharded, local_part
 from ray_trainer.checkpoint.tensors import STORABLE_DTYPES
 from ray_trainer.errors import CheckpointError
 
@@ -33,6 +34,7 @@ Json = Any
 StatePath = tuple[str, ...]
 
 _MAX_DEPTH = 100
+SHARDED_FILES = ("model", "optimizer")
 NUMPY_DTYPE = re.compile(r"[<>|=][biufcmM]\d+(\[\w+\])?")
 
 
@@ -42,10 +44,12 @@ class Encoded(NamedTuple):
     Attributes:
         tree: its JSON.
         tensors: by file and then by name in that file; they share memory with the state.
+        shards: likewise, those of which this rank has a part only.
     """
 
     tree: Json
     tensors: dict[str, dict[str, torch.Tensor]]
+    shards: dict[str, dict[str, torch.Tensor]]
 
 
 def encode(
@@ -64,7 +68,7 @@ def encode(
         CheckpointError: something else is in it; names its path.
     """
     encoder = _Encoder(file_of or (lambda path: ("trainer", path)))
-    return Encoded(encoder.encode(state, path), encoder.tensors)
+    return Encoded(encoder.encode(state, path), encoder.tensors, encoder.shards)
 
 
 def encode_plain(state: Any, path: StatePath) -> Json:
@@ -79,6 +83,7 @@ def encode_plain(state: Any, path: StatePath) -> Json:
 class _Encoder:
     def __init__(self, file_of: Callable[[StatePath], tuple[str, StatePath]]) -> None:
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self.shards: dict[str, dict[str, torch.Tensor]] = {}
         self._file_of = file_of
         self._references: dict[tuple[Any, ...], Json] = {}
 
@@ -128,6 +133,9 @@ class _Encoder:
         return self.encode(key, path)
 
     def _tensor(self, tensor: torch.Tensor, path: StatePath) -> Json:
+        if is_sharded(tensor):
+            return self._shard(tensor.detach(), path)
+        tensor = local_part(tensor)
         _check_tensor(tensor, path)
         tensor = tensor.detach()
         identity = _identity(tensor)
@@ -142,6 +150,17 @@ class _Encoder:
         self._references[identity] = node
         return node
 
+    def _shard(self, tensor: torch.Tensor, path: StatePath) -> Json:
+        """Refer to the whole, as if it were stored in one place; every rank gives it the same name."""
+        _check_shard(tensor, self._file_of(path)[0], path)
+        part = local_part(tensor)
+        identity = _identity(part)
+        if part.numel() and identity in self._references:
+            return self._references[identity]
+        node = {"$tensor": self._store(tensor, path, self.shards)}
+        self._references[identity] = node
+        return node
+
     def _numpy(self, value: np.ndarray[Any, Any] | np.generic, path: StatePath) -> Json:
         dtype = value.dtype.str
         if not NUMPY_DTYPE.fullmatch(dtype) or type(value) not in (np.ndarray, value.dtype.type):
@@ -151,15 +170,17 @@ class _Encoder:
         content = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else _EMPTY
         return {"$array": self._store(content, path), "dtype": dtype, "shape": list(value.shape)}
 
-    def _store(self, tensor: torch.Tensor, path: StatePath) -> str:
+    def _store(
+        self, tensor: torch.Tensor, path: StatePath, into: dict[str, dict[str, torch.Tensor]] | None = None
+    ) -> str:
         file, within = self._file_of(path)
-        names = self.tensors.setdefault(file, {})
+        taken = self.tensors.get(file, {}).keys() | self.shards.get(file, {}).keys()
         name = wanted = ".".join(within)
         attempt = 1
-        while name in names or name == "__metadata__":  # {"a.b": ...} beside {"a": {"b": ...}}
+        while name in taken or name == "__metadata__":  # {"a.b": ...} beside {"a": {"b": ...}}
             attempt += 1
             name = f"{wanted}#{attempt}"
-        names[name] = tensor
+        (self.tensors if into is None else into).setdefault(file, {})[name] = tensor
         return f"{file}/{name}"
 
 
@@ -181,6 +202,16 @@ def _check_tensor(tensor: torch.Tensor, path: StatePath) -> None:
         raise _refusal(path, f"{'quantized' if tensor.is_quantized else tensor.layout} tensor")
     if tensor.device.type == "meta":
         raise _refusal(path, "tensor on the meta device, which has no values,")
+
+
+def _check_shard(tensor: torch.Tensor, file: str, path: StatePath) -> None:
+    if file not in SHARDED_FILES:
+        raise _refusal(path, "a sharded tensor, outside of model and optimizer,")
+    if len(getattr(tensor, "placements", ())) != 1:
+        raise _refusal(path, "a tensor that is sharded over more than one dimension of the mesh")
+    _check_tensor(local_part(tensor), path)
+    if tensor.dtype not in STORABLE_DTYPES:
+        raise _refusal(path, f"sharded tensor of {tensor.dtype}")
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -1,13 +1,15 @@
 """The files of one checkpoint: their names, what goes into which, and how they are checked when read.
 
-===========================  ====================================================================
-``model.safetensors``        the state's ``model``, under the model's own names
-``optimizer.safetensors``    tensors of its ``optimizer``
-``trainer.safetensors``      tensors of its other parts
-``trainer.json``             everything that is not a tensor, and where each tensor is
-``rank00000.*``              what rank 0 alone has, in the same two forms; likewise for other ranks
-``manifest.json``            what these files are, written last
-===========================  ====================================================================
+================================  ===============================================================
+``model.safetensors``             the state's ``model``, under the model's own names
+``optimizer.safetensors``         tensors of its ``optimizer``
+``trainer.safetensors``           tensors of its other parts
+``trainer.json``                  everything that is not a tensor, and where each tensor is
+``rank00000.*``                   what rank 0 alone has, in the same two forms; likewise for other ranks
+``model.shard00000.safetensors``  what rank 0 has of sharded tensors, see `shards`; likewise ``optimizer``
+``shard00000.json``               where these pieces belong
+``manifest.json``                 what these files are, written last
+================================  ===============================================================
 """
 
 import json
@@ -20,17 +22,19 @@ import torch
 import xxhash
 
 from ray_trainer.checkpoint.decoding import decode
-from ray_trainer.checkpoint.encoding import Encoded, Json, StatePath, encode
+from ray_trainer.checkpoint.encoding import SHARDED_FILES, Encoded, Json, StatePath, encode
 from ray_trainer.checkpoint.images import FileImage
 from ray_trainer.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from ray_trainer.checkpoint.shards import Pieces, ShardReader, Share, is_sharded, pieces_and_table
 from ray_trainer.checkpoint.tensors import read_tensors, tensor_image
 from ray_trainer.errors import CheckpointCorruptError
-from ray_trainer.storage import Buffer, Storage
+from ray_trainer.storage import Storage, sealing
 
 _NAME = re.compile(r"checkpoint_epoch(\d{4,})_step(\d{8,})(?:_(\d+))?")
 _RANK_FILE = re.compile(r"rank\d{5,}\.(json|safetensors)")
+_SHARD_FILE = re.compile(r"(?:(?:model|optimizer)\.)?shard(\d{5,})\.(json|safetensors)")
 _SHARED = "trainer"
-_OWN_FILE = ("model", "optimizer")  # encoded first, so that what others share with them is in these files
+_OWN_FILE = SHARDED_FILES  # encoded first, so that what others share with them is in these files
 
 
 class CheckpointOrder(NamedTuple):
@@ -71,11 +75,19 @@ def pack_rank_state(rank_state: Mapping[str, Any], rank: int) -> list[FileImage]
     return _images(encode(dict(rank_state), (stem,), file_of=lambda path: (stem, path[1:])), stem)
 
 
-def write_file(checkpoint: Storage, image: FileImage) -> FileEntry:
-    """Write one file, hashing it on its way."""
-    content = _Hashed(image)
-    checkpoint.write_chunks(image.name, content)
-    return FileEntry(image.size_bytes, content.digest.hexdigest())
+def pack_shards(state: Mapping[str, Any], rank: int) -> list[FileImage]:
+    """The files of what one rank has of sharded tensors; none where nothing is sharded.
+
+    Raises:
+        CheckpointError: something in model or optimizer can't be stored; names its path.
+    """
+    model = state.get("model")
+    if not isinstance(model, Mapping) or not any(is_sharded(tensor) for tensor in model.values()):
+        return []
+    encoded = encode({part: state[part] for part in _OWN_FILE if part in state}, file_of=_file_of)
+    pieces, table = pieces_and_table(encoded.shards)
+    images = [tensor_image(_shard_file(file, rank), tensors) for file, tensors in pieces.items()]
+    return [*images, FileImage(f"shard{rank:05d}.json", (json.dumps(table, separators=(",", ":")).encode(),))]
 
 
 def read_manifest(checkpoint: Storage) -> Manifest:
@@ -106,14 +118,26 @@ def content_problem(checkpoint: Storage, name: str, entry: FileEntry) -> str | N
     return None
 
 
-def read_state(checkpoint: Storage, manifest: Manifest) -> dict[str, Any]:
+def read_state(checkpoint: Storage, manifest: Manifest, share: Share | None = None) -> dict[str, Any]:
     """What is equal on all ranks, from bytes that were checked.
+
+    Args:
+        checkpoint: where it is.
+        manifest: what it is.
+        share: which part of each sharded tensor is needed; None puts all of them together.
 
     Raises:
         CheckpointCorruptError: a file is missing or altered.
     """
-    names = [name for name in manifest.files if not _RANK_FILE.fullmatch(name)]
-    return _read(checkpoint, manifest, names, _SHARED)
+    names = [name for name in manifest.files if not _RANK_FILE.fullmatch(name) and not _SHARD_FILE.fullmatch(name)]
+    return _read(checkpoint, manifest, names, _SHARED, _read_shards(checkpoint, manifest, _OWN_FILE, share))
+
+
+def files_of_others(manifest: Manifest, rank: int, share: Share | None) -> list[str]:
+    """The files that `read_state` and `read_rank_state` of a rank may not have looked at."""
+    skipped = [name for name in manifest.files if _RANK_FILE.fullmatch(name) and not name.startswith(_rank_stem(rank))]
+    pieces = [name for name in manifest.files if _SHARD_FILE.fullmatch(name) and not name.endswith(".json")]
+    return skipped + (pieces if share else [])
 
 
 def read_rank_state(checkpoint: Storage, manifest: Manifest, rank: int) -> dict[str, Any] | None:
@@ -127,37 +151,19 @@ def read_rank_state(checkpoint: Storage, manifest: Manifest, rank: int) -> dict[
 
 def read_model(checkpoint: Storage, manifest: Manifest) -> dict[str, torch.Tensor]:
     """The model's tensors alone, all names of shared ones included."""
-    tensors = {}
+    tensors: Pieces = {}
     if "model.safetensors" in manifest.files:
         tensors["model"] = _read_tensors(checkpoint, manifest, "model.safetensors")
+    for file, whole in _read_shards(checkpoint, manifest, ("model",), None).items():
+        tensors.setdefault(file, {}).update(whole)
     tree = _read_tree(checkpoint, manifest, _SHARED).get("model", {})
     model = decode(tree, tensors)
     return {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
 
 
 def discard(run: Storage, name: str) -> None:
-    """Delete a checkpoint, its manifest first: half of one that is being deleted is never taken for whole."""
-    checkpoint = run.child(name)
-    if not checkpoint.exists():
-        return
-    if checkpoint.exists(MANIFEST):
-        checkpoint.delete(MANIFEST)
-        checkpoint.sync()
-    run.delete(name)
-
-
-class _Hashed:
-    """A file's content, hashed as it is read; starts again if a storage that retries reads it again."""
-
-    def __init__(self, image: FileImage) -> None:
-        self._image = image
-        self.digest = xxhash.xxh3_128()
-
-    def __iter__(self) -> Iterator[Buffer]:
-        self.digest.reset()
-        for chunk in self._image.chunks():
-            self.digest.update(chunk)
-            yield chunk
+    """Delete a checkpoint, its manifest first."""
+    sealing.discard(run, name, MANIFEST)
 
 
 def _file_of(path: StatePath) -> tuple[str, StatePath]:
@@ -174,13 +180,36 @@ def _images(encoded: Encoded, stem: str) -> list[FileImage]:
     return [*images, FileImage(f"{stem}.json", (text,))]
 
 
-def _read(checkpoint: Storage, manifest: Manifest, names: list[str], stem: str) -> dict[str, Any]:
+def _shard_file(file: str, rank: int) -> str:
+    return f"{file}.shard{rank:05d}.safetensors"
+
+
+def _read_shards(checkpoint: Storage, manifest: Manifest, files: tuple[str, ...], share: Share | None) -> Pieces:
+    """Sharded tensors, or the needed parts of them; pieces that hold none of it are not read."""
+    tables = {
+        int(match[1]): _read_tree(checkpoint, manifest, name.removesuffix(".json"))
+        for name in manifest.files
+        if (match := _SHARD_FILE.fullmatch(name)) and match[2] == "json"
+    }
+    if not tables:
+        return {}
+    reader = ShardReader(tables, files, share)
+    for rank, file in reader.files:
+        reader.take(rank, file, _read_tensors(checkpoint, manifest, _shard_file(file, rank)))
+    return reader.tensors()
+
+
+def _read(
+    checkpoint: Storage, manifest: Manifest, names: list[str], stem: str, shards: Pieces | None = None
+) -> dict[str, Any]:
     tree = _read_tree(checkpoint, manifest, stem)
     tensors = {
         name.removesuffix(".safetensors"): _read_tensors(checkpoint, manifest, name)
         for name in names
         if name.endswith(".safetensors")
     }
+    for file, parts in (shards or {}).items():
+        tensors.setdefault(file, {}).update(parts)
     state = decode(tree, tensors)
     if not isinstance(state, dict):
         raise CheckpointCorruptError(f"{stem}.json holds no state.")
@@ -188,6 +217,8 @@ def _read(checkpoint: Storage, manifest: Manifest, names: list[str], stem: str) 
 
 
 def _read_tensors(checkpoint: Storage, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+    if name not in manifest.files:
+        raise CheckpointCorruptError(f"{name} is missing")
     entry = manifest.files[name]
     with _checked(checkpoint, name, entry) as blocks:
         return read_tensors(blocks, entry.size, name)

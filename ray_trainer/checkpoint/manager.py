@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from ray_trainer.checkpoint.catalog import (
     open_storage,
     resolve,
 )
-from ray_trainer.checkpoint.commit import Commit
+from ray_trainer.checkpoint.commit import Commit, files_of_rank
 from ray_trainer.checkpoint.direct import CheckpointMetadata
 from ray_trainer.checkpoint.layout import checkpoint_order, discard
 from ray_trainer.checkpoint.manifest import MANIFEST, CheckpointMeta
 from ray_trainer.checkpoint.restore import LoadedCheckpoint, load_named, restore_on_all_ranks, select
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
+from ray_trainer.checkpoint.shards import Share
+from ray_trainer.checkpoint.writer import SMALL_BYTES, BackgroundWriter, DirectWriter, Writer
 from ray_trainer.errors import CheckpointNotFoundError
 from ray_trainer.state import Stateful
 from ray_trainer.storage import Storage
@@ -59,6 +61,7 @@ class CheckpointManager:
         self.policy = RetentionPolicy(keep_last_n, keep_best_k, monitor, mode)
         self._records: list[CheckpointRecord] | None = None
         self._rejected: set[str] = set()
+        self._background = BackgroundWriter()
 
     @property
     def checkpoint_dir(self) -> Path | str:
@@ -77,12 +80,54 @@ class CheckpointManager:
         Raises:
             CheckpointError: on all ranks, if it failed on any; earlier checkpoints are as they were.
         """
-        commit = Commit(self.storage, meta, self.policy.monitor, self.policy.mode)
-        record = commit.carry_out(state, rank_state)
-        self._retain(record)
+        commit = Commit(self.storage, lambda _: DirectWriter(), meta, self.policy)
+        commit.begin(state, rank_state)
+        return self.finish(commit)
+
+    def begin(self, state: Mapping[str, Any], rank_state: Mapping[str, Any], meta: CheckpointMeta) -> Commit:
+        """As `commit`, but only take the state; what is large is written while training goes on. Collective.
+
+        One at a time: `finish` it, or `advance` until it is whole, before the next.
+        """
+        commit = Commit(self.storage, self._writer_for, meta, self.policy)
+        commit.begin(state, rank_state)
+        return commit
+
+    def advance(self, commit: Commit) -> CheckpointRecord | None:
+        """Go on with what `begin` began; the record once it is whole. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed on any; earlier checkpoints are as they were.
+        """
+        if not commit.advance(self._known):
+            return None
+        assert commit.record is not None  # it is whole
+        self._retain(commit.record, commit.deleted)
+        return commit.record
+
+    def finish(self, commit: Commit) -> CheckpointRecord:
+        """Wait until what `begin` began is whole. Collective.
+
+        Raises:
+            CheckpointError: as `advance`.
+        """
+        while (record := self.advance(commit)) is None:
+            pass
         return record
 
-    def restore(self, which: str | os.PathLike[str] | None = "auto") -> LoadedCheckpoint | None:
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Allocate memory for snapshots of a state whose larger parts these are, while training goes on."""
+        size_bytes = sum(image.size_bytes for image in files_of_rank(state, {}))
+        if not self._is_small(size_bytes):
+            self._background.prepare(size_bytes)
+
+    def close(self) -> None:
+        """Free the memory of snapshots; one that is being written is given up."""
+        self._background.close()
+
+    def restore(
+        self, which: str | os.PathLike[str] | None = "auto", share: Share | None = None
+    ) -> LoadedCheckpoint | None:
         """Load a checkpoint after comparing the checksum of every file. Collective.
 
         In this run's directory, one that is not whole is renamed to ``<name>.broken`` with the reason in it,
@@ -92,6 +137,7 @@ class CheckpointManager:
             which: ``"auto"``: the newest, or None if this run has not saved yet. ``"newest"`` or ``"best"``:
                 there must be one; best by `monitor`, the newest where nothing was monitored. The name, path
                 or URI of a checkpoint: it must be whole. Another run's directory: its newest. None: None.
+            share: which part of each sharded tensor this rank needs; None puts all of them together.
 
         Raises:
             CheckpointNotFoundError: what was named is not there.
@@ -101,7 +147,7 @@ class CheckpointManager:
         if which is None:
             return None
         text = os.fspath(which)
-        loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy))
+        loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy, share), share)
         if loaded is None or loaded.record.uri == self.storage.child(loaded.record.name).uri:
             self._rejected.update(rejection.name for rejection in rejected)
         self._records = None
@@ -116,6 +162,15 @@ class CheckpointManager:
             return []
         names = [name for name in checkpoint_names(self.storage) if not self.storage.child(name).exists(MANIFEST)]
         return [name for name in names if self._delete(name)]
+
+    def newest_step(self) -> int:
+        """Of what storage has, whole or not, by its name alone; -1 for nothing.
+
+        Raises:
+            OSError: storage cannot be read.
+        """
+        order = [checkpoint_order(name) for name in checkpoint_names(self.storage)[-1:]]
+        return order[0].step if order and order[0] else -1
 
     def records(self) -> list[CheckpointRecord]:
         """The run's checkpoints, old to new."""
@@ -187,23 +242,29 @@ class CheckpointManager:
             raise CheckpointNotFoundError(f"No checkpoints found in {self.storage.uri}")
         return direct.as_dict(load_named(resolve(self.storage, os.fspath(chosen))))
 
-    def _retain(self, committed: CheckpointRecord) -> None:
-        """Add what was committed and let go of what the policy removes, which rank 0 deletes."""
-        self._rejected.discard(committed.name)
-        if self._records is None and distributed.rank() > 0:
-            return  # read from storage if it is ever asked for
+    def _writer_for(self, size_bytes: int) -> Writer:
+        return DirectWriter() if self._is_small(size_bytes) else self._background
+
+    def _is_small(self, size_bytes: int) -> bool:
+        return self.storage.is_local and size_bytes < SMALL_BYTES
+
+    def _known(self) -> list[CheckpointRecord]:
+        """What there is to choose from when old ones are deleted; nothing where that cannot be told."""
         try:
-            others = [record for record in self.records() if record.name != committed.name]
+            return self.records()
         except OSError as error:
             logger.warning(
                 "Old checkpoints in %s could not be listed, so none was deleted: %s", self.storage.uri, error
             )
-            return
-        records = sorted([*others, committed], key=lambda record: checkpoint_order(record.name) or ())
-        removable = {record.name for record in self.policy.removable(records, protected=[committed.name])}
-        if distributed.rank() == 0:
-            removable = {name for name in removable if self._delete(name)}
-        self._records = [record for record in records if record.name not in removable]
+            return []
+
+    def _retain(self, committed: CheckpointRecord, deleted: Collection[str]) -> None:
+        """Add what was committed and forget what was deleted."""
+        self._rejected.discard(committed.name)
+        if self._records is None and distributed.rank() > 0:
+            return  # read from storage if it is ever asked for
+        others = [record for record in self._known() if record.name not in (committed.name, *deleted)]
+        self._records = sorted([*others, committed], key=lambda record: checkpoint_order(record.name) or ())
 
     def _delete(self, name: str) -> bool:
         try:

@@ -47,6 +47,7 @@ class CheckpointMeta:
         config: the training configuration, plain.
         data_fingerprint: of the dataset and its order.
         attempt: which start of the run this is.
+        data: what is told of the data, by split, to say what differs; plain.
     """
 
     epoch: int
@@ -56,6 +57,7 @@ class CheckpointMeta:
     config: Mapping[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     attempt: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Manifest:
         seconds: how long writing took.
         versions: of what the bits of a resumed run depend on; so does `num_threads`.
         files: by name; every file of the checkpoint but the manifest.
+        data: what is told of the data; empty in manifests of earlier versions.
+        fencing_epoch: of the lease under which it was written; 0 in manifests of earlier versions, and where
+            nobody held one.
     """
 
     step: int
@@ -86,6 +91,8 @@ class Manifest:
     versions: dict[str, str]
     num_threads: int
     files: dict[str, FileEntry]
+    data: dict[str, Any] = field(default_factory=dict)
+    fencing_epoch: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -126,6 +133,7 @@ class Manifest:
         if any(type(document[name]) is not int for name in ("step", "epoch", "world_size")):
             raise ValueError("its counts are not whole numbers")
         names = {item.name for item in fields(cls)} - {"files"}
+        names -= {"data", "fencing_epoch"} - document.keys()  # the fields that came later
         return cls(**{name: decode(document[name], {}) for name in names}, files=files)
 
 

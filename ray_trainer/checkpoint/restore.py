@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 from ray_trainer import distributed
 from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
 from ray_trainer.checkpoint.catalog import CheckpointRecord, checkpoint_names, is_checkpoint, resolve
-from ray_trainer.checkpoint.layout import content_problem, read_manifest, read_rank_state, read_state
+from ray_trainer.checkpoint.layout import content_problem, files_of_others, read_manifest, read_rank_state, read_state
+from ray_trainer.checkpoint.lineage import STRAY, Lineage
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
 from ray_trainer.checkpoint.retention import RetentionPolicy
+from ray_trainer.checkpoint.shards import Share
+from ray_trainer.checkpoint.tiers import Tier
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ray_trainer.storage import Storage
 
@@ -32,9 +35,10 @@ class LoadedCheckpoint:
     """A checkpoint in memory.
 
     Attributes:
-        state: what was equal on all ranks.
+        state: what was equal on all ranks; of sharded tensors this rank's share.
         rank_state: what this rank alone had; None if the run that saved had fewer ranks.
         rejected: newer (or better) ones that were not whole, in the order they were tried.
+        tier: where it came from.
     """
 
     state: dict[str, Any]
@@ -42,6 +46,7 @@ class LoadedCheckpoint:
     manifest: Manifest
     record: CheckpointRecord
     rejected: list[Rejection] = field(default_factory=list)
+    tier: Tier = Tier.STORAGE
 
 
 class Selection(NamedTuple):
@@ -57,8 +62,10 @@ class Selection(NamedTuple):
     rejected: list[Rejection]
 
 
-def restore_on_all_ranks(select: Callable[[], Selection]) -> tuple[LoadedCheckpoint | None, list[Rejection]]:
-    """Let rank 0 find a checkpoint, and all ranks load that one. Collective.
+def restore_on_all_ranks(
+    select: Callable[[], Selection], share: Share | None = None
+) -> tuple[LoadedCheckpoint | None, list[Rejection]]:
+    """Let rank 0 find a checkpoint, and all ranks load that one, or their share of it. Collective.
 
     Returns:
         The checkpoint with this rank's own state, and what was rejected on the way to it.
@@ -76,37 +83,37 @@ def restore_on_all_ranks(select: Callable[[], Selection]) -> tuple[LoadedCheckpo
     def follow() -> None:
         nonlocal loaded
         if place is not None and loaded is None:
-            loaded = _load_what_rank_zero_found(place)
+            loaded = _load_what_rank_zero_found(place, share)
 
     place, rejected = on_rank_zero(find)
     on_all_ranks(follow)
     return loaded and replace(loaded, rejected=rejected), rejected
 
 
-def select(run: Storage, which: str, policy: RetentionPolicy) -> Selection:
+def select(run: Storage, which: str, policy: RetentionPolicy, share: Share | None = None) -> Selection:
     """Find and load what `CheckpointManager.restore` was asked for. Broken ones of the run are set aside.
 
     Raises:
         CheckpointError: see there.
     """
     if which in ("auto", "newest", "best"):
-        selection = _select_own(run, _best_first(run, policy) if which == "best" else newest_first(run))
+        selection = _select_own(run, _best_first(run, policy) if which == "best" else newest_first(run), share)
         if selection.loaded is None and which != "auto":
             raise CheckpointNotFoundError(f"No checkpoints found in {run.uri}")
         return selection
     place = resolve(run, which)
     if place.uri == run.uri:
-        return select(run, "newest", policy)
+        return select(run, "newest", policy, share)
     if is_checkpoint(place):
-        return Selection(place, load_named(place), [])
-    selection = load_first_whole(place, newest_first(place), on_broken=lambda rejection: None)
+        return Selection(place, load_named(place, share), [])
+    selection = load_first_whole(place, newest_first(place), on_broken=lambda rejection: None, share=share)
     if selection.loaded is None:
         raise CheckpointNotFoundError(f"No checkpoints found in {place.uri}")
     return selection
 
 
-def load(checkpoint: Storage, rank: int) -> LoadedCheckpoint:
-    """Read one checkpoint, checking the bytes that are used.
+def load(checkpoint: Storage, rank: int, share: Share | None = None) -> LoadedCheckpoint:
+    """Read one checkpoint, checking the bytes that are used; of sharded tensors what a share says, or all.
 
     Raises:
         CheckpointCorruptError: a file is missing or altered.
@@ -116,24 +123,25 @@ def load(checkpoint: Storage, rank: int) -> LoadedCheckpoint:
     manifest = read_manifest(checkpoint)
     name = checkpoint.path.rpartition("/")[2]
     return LoadedCheckpoint(
-        state=read_state(checkpoint, manifest),
+        state=read_state(checkpoint, manifest, share),
         rank_state=read_rank_state(checkpoint, manifest, rank),
         manifest=manifest,
         record=CheckpointRecord.of(name, checkpoint.uri, manifest),
     )
 
 
-def load_whole(checkpoint: Storage) -> LoadedCheckpoint:
+def load_whole(checkpoint: Storage, share: Share | None = None) -> LoadedCheckpoint:
     """As `load` on rank 0, checking the files of other ranks as well."""
-    loaded = load(checkpoint, rank=0)
-    for name, entry in loaded.manifest.files.items():
-        is_of_another = name.startswith("rank") and not name.startswith("rank00000.")
-        if is_of_another and (problem := content_problem(checkpoint, name, entry)):
+    loaded = load(checkpoint, 0, share)
+    for name in files_of_others(loaded.manifest, 0, share):
+        if problem := content_problem(checkpoint, name, loaded.manifest.files[name]):
             raise CheckpointCorruptError(problem)
     return loaded
 
 
-def load_first_whole(run: Storage, names: Iterable[str], on_broken: Callable[[Rejection], None]) -> Selection:
+def load_first_whole(
+    run: Storage, names: Iterable[str], on_broken: Callable[[Rejection], None], share: Share | None = None
+) -> Selection:
     """Try checkpoints in turn and load the first that is whole.
 
     One that storage can't deliver at the moment is passed over, but not called broken.
@@ -142,6 +150,7 @@ def load_first_whole(run: Storage, names: Iterable[str], on_broken: Callable[[Re
         run: the run's directory.
         names: the best candidate first.
         on_broken: told of each whose files are missing or altered.
+        share: as for `load`.
 
     Raises:
         NewerFormatError: a later version wrote the next candidate; an older one is no substitute for it.
@@ -153,7 +162,7 @@ def load_first_whole(run: Storage, names: Iterable[str], on_broken: Callable[[Re
     for name in names:
         place = run.child(name)
         try:
-            return Selection(place, load_whole(place), rejected)
+            return Selection(place, load_whole(place, share), rejected)
         except CheckpointCorruptError as error:
             rejected.append(Rejection(name, str(error)))
             on_broken(rejected[-1])
@@ -169,7 +178,7 @@ def load_first_whole(run: Storage, names: Iterable[str], on_broken: Callable[[Re
     return Selection(None, None, rejected)
 
 
-def load_named(checkpoint: Storage) -> LoadedCheckpoint:
+def load_named(checkpoint: Storage, share: Share | None = None) -> LoadedCheckpoint:
     """Load the checkpoint that the user named, and no other.
 
     Raises:
@@ -179,7 +188,7 @@ def load_named(checkpoint: Storage) -> LoadedCheckpoint:
     if not checkpoint.exists():
         raise CheckpointNotFoundError(f"Checkpoint not found: {checkpoint.uri}")
     try:
-        return load_whole(checkpoint)
+        return load_whole(checkpoint, share)
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{checkpoint.uri} can't be used: {UNFINISHED}.") from error
     except CheckpointCorruptError as error:
@@ -190,16 +199,16 @@ def load_named(checkpoint: Storage) -> LoadedCheckpoint:
         raise CheckpointError(f"{checkpoint.uri} could not be read: {error}") from error
 
 
-def set_aside(run: Storage, rejection: Rejection) -> None:
+def set_aside(run: Storage, rejection: Rejection, suffix: str = _BROKEN) -> None:
     """Rename a broken checkpoint, so that it is neither used nor counted, and leave the reason in it.
 
     Where that is not possible (read-only storage), it stays where it is.
     """
     taken = set(run.list())
-    target, copy = rejection.name + _BROKEN, 1
+    target, copy = rejection.name + suffix, 1
     while target in taken:
         copy += 1
-        target = f"{rejection.name}{_BROKEN}{copy}"
+        target = f"{rejection.name}{suffix}{copy}"
     try:
         run.move(rejection.name, target)
         run.child(target).write("reason.txt", f"{rejection.reason}\n".encode())
@@ -212,15 +221,27 @@ def newest_first(run: Storage) -> list[str]:
     return checkpoint_names(run)[::-1]
 
 
-def _select_own(run: Storage, names: list[str]) -> Selection:
-    selection = load_first_whole(run, names, on_broken=lambda rejection: set_aside(run, rejection))
+def _select_own(run: Storage, names: list[str], share: Share | None) -> Selection:
+    strays = _set_strays_aside(run, names)
+    names = [name for name in names if name not in {stray.name for stray in strays}]
+    selection = load_first_whole(run, names, on_broken=lambda rejection: set_aside(run, rejection), share=share)
     broken = [name for name in run.list() if name.startswith("checkpoint_") and _BROKEN in name]
     if selection.loaded is None and broken:  # this run had begun: from scratch would hide the loss
         raise CheckpointCorruptError(
             f"{run.uri} holds no whole checkpoint, but broken ones: {', '.join(broken)}; the reason is in "
             f"each. Delete them to start from the beginning, or give the run another name."
         )
-    return selection
+    return selection._replace(rejected=strays + selection.rejected)
+
+
+def _set_strays_aside(run: Storage, names: list[str]) -> list[Rejection]:
+    """Move away what an earlier owner of the run wrote after it had lost it."""
+    lineage = Lineage.of(run)
+    strays = [Rejection(name, STRAY) for name in names if lineage.is_stray_on(run, name)]
+    for stray in strays:
+        logger.warning("Checkpoint %s is not used: %s", *stray)
+        set_aside(run, stray, suffix=".stray")
+    return strays
 
 
 def _best_first(run: Storage, policy: RetentionPolicy) -> list[str]:
@@ -238,9 +259,9 @@ def _record(checkpoint: Storage, name: str) -> CheckpointRecord | None:
         return None
 
 
-def _load_what_rank_zero_found(place: Storage) -> LoadedCheckpoint:
+def _load_what_rank_zero_found(place: Storage, share: Share | None) -> LoadedCheckpoint:
     try:
-        return load(place, distributed.rank())
+        return load(place, distributed.rank(), share)
     except (OSError, CheckpointCorruptError) as error:
         raise CheckpointError(
             f"{place.uri} is whole for rank 0, but not here: {error}. Is it the same storage on every node?"

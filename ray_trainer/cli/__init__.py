@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ray_trainer.cli import config, export, train
+from ray_trainer.cli import checkpoints, completion, config, doctor, export, new, status, submit, sweep, train
 from ray_trainer.config.overrides import split_overrides
 from ray_trainer.errors import CheckpointNotFoundError, ConfigError, DataError, RayTrainerError
 
@@ -39,9 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ray-trainer",
         description="Fault-tolerant training of PyTorch models on Ray clusters.",
-        epilog="Settings of a run file are changed by section.key=value or --section.key value.",
+        epilog="Settings of a run file are changed by section.key=value or --section.key value. Each command has a\n"
+        "--help with examples.\n\nexample:\n  ray-trainer train examples/digits.yaml training.epochs=2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, export, config):
+    for command in (train, sweep, submit, status, checkpoints, export, config, new, doctor):
         command.add_parser(subparsers)
+    completion.add_parser(subparsers, _parser)
     return parser

@@ -8,29 +8,36 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
+from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.experiment import load_experiment
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
 from ray_trainer.config.documents import dump_yaml
 
+_CHECK = "ray-trainer config check examples/digits.yaml"
+_SCHEMA = "ray-trainer config schema > run-file.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     """Add ``config check`` and ``config schema``.
 
     The caller takes the overrides out of the command line with `overrides.split_overrides`, parses the rest,
     and puts them into the namespace as ``overrides``.
     """
-    config = subparsers.add_parser("config", help="check a run file, or print its JSON Schema")
+    config = add_command(
+        subparsers, "config", help="check a run file, or print its JSON Schema", examples=f"{_CHECK}\n{_SCHEMA}"
+    )
     commands = config.add_subparsers(dest="config_command", required=True, metavar="COMMAND")
-    check = commands.add_parser(
+    check = add_command(
+        commands,
         "check",
         help="check everything without training, and print the resolved run",
-        usage="%(prog)s RUN.yaml [section.key=value ...]",
+        examples=f"{_CHECK}\n{_CHECK} training.epochs=2",
+        usage="RUN.yaml [section.key=value ...]",
     )
     check.add_argument("run_file", metavar="RUN.yaml", type=Path, help="the run file")
     check.set_defaults(run=run)
-    schema = commands.add_parser("schema", help="print the JSON Schema of run files, for editors")
+    schema = add_command(commands, "schema", help="print the JSON Schema of run files, for editors", examples=_SCHEMA)
     schema.set_defaults(run=run)
 
 

@@ -3,12 +3,21 @@
 import argparse
 
 from ray_trainer.checkpoint import export_weights
+from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.errors import ConfigError
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     """Add ``export``."""
-    parser = subparsers.add_parser("export", help="write the weights of a checkpoint to one safetensors file")
+    parser = add_command(
+        subparsers,
+        "export",
+        help="write the weights of a checkpoint to one safetensors file",
+        examples="""
+            ray-trainer export runs/digits --output digits.safetensors
+            ray-trainer export runs/digits --newest --output digits.safetensors
+        """,
+    )
     parser.add_argument("source", metavar="CHECKPOINT_OR_RUN_DIR", help="a checkpoint, or a run directory")
     parser.add_argument("--output", metavar="FILE", required=True, help="the file, such as model.safetensors")
     parser.add_argument("--newest", action="store_true", help="the newest checkpoint of a run, not its best")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.sweep_config import SweepConfig, cross_problems
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import Document, as_yaml, read_document
-from ray_trainer.config.fields import described, did_you_mean
+from ray_trainer.config.fields import Notation, described, did_you_mean
 from ray_trainer.config.overrides import apply_overrides, parse_overrides
 from ray_trainer.config.schema import Problem, Section, refuse
 from ray_trainer.errors import ConfigError
@@ -34,7 +35,7 @@ class RunFile(Section):
     """How the model is trained."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where it is trained."""
-    sweep: dict[str, Any] | None = None
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     """Search over settings; read by `ray-trainer sweep` only."""
 
     other_names: ClassVar[Mapping[str, str]] = {
@@ -46,10 +47,16 @@ class RunFile(Section):
         "tune": "sweep",
     }
 
+    def problems(self, write: Notation = repr) -> list[Problem]:
+        """Also holds the search space against the sections that it changes, where these are right."""
+        found = super().problems(write)
+        wrong = None if found else cross_problems(self.sweep, self.model, self.training)
+        return found + ([Problem("sweep.space", None, wrong, "value")] if wrong else [])
+
     @classmethod
     def hint(cls, name: str) -> str:
         """Also knows settings that stand outside of their section."""
-        for section, part in (("training", TrainingConfig), ("cluster", ClusterConfig)):
+        for section, part in (("training", TrainingConfig), ("cluster", ClusterConfig), ("sweep", SweepConfig)):
             if name in part.__dataclass_fields__:
                 return f"no such section; did you mean '{section}.{name}'?"
         return super().hint(name).replace("no such setting", "no such section")
@@ -81,7 +88,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
 def resolved(run_file: RunFile) -> dict[str, Any]:
     """All settings with their values, defaults included, as plain values; loads as a run file again."""
     values = run_file.to_dict()
-    if run_file.sweep is None:
+    if run_file.sweep == SweepConfig():
         del values["sweep"]
     return values
 

@@ -1,27 +1,43 @@
 """``ray-trainer train``: train what a run file describes, or continue it."""
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.experiment import experiment_module, load_experiment, modules_beside
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
+from ray_trainer.cli.surroundings import in_ray_job, placed_in_job
 from ray_trainer.config.documents import dump_yaml
 from ray_trainer.metrics.terminal import LiveDisplay
 
+_EXAMPLES = """
+ray-trainer train examples/digits.yaml
+ray-trainer train examples/digits.yaml training.epochs=2 cluster.name=short
+ray-trainer train examples/digits.yaml --dry-run
+"""
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     """Add ``train``."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "train",
         help="train, or continue the run of that name",
-        usage="%(prog)s RUN.yaml [--dry-run] [section.key=value ...]",
+        examples=_EXAMPLES,
+        usage="RUN.yaml [--dry-run] [--take-over] [section.key=value ...]",
     )
     parser.add_argument("run_file", metavar="RUN.yaml", type=Path, help="the run file")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved run and what it needs; start nothing"
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="continue the run although another driver seems to be at work on it; that one can't save any more",
     )
     parser.set_defaults(run=run)
 
@@ -32,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the run file or the experiment is wrong.
         DataError: the data cannot be trained on.
+        LeaseHeldError: another driver is at work on the run.
         RunError: the run failed.
     """
     run_file = _with_name(load_run_file(args.run_file, args.overrides), args.run_file)
+    if in_ray_job():
+        run_file = placed_in_job(run_file)
     experiment = load_experiment(run_file.experiment, args.run_file.parent)
     if args.dry_run:
         return _dry_run(run_file)
@@ -45,8 +64,17 @@ def run(args: argparse.Namespace) -> int:
     # workers elsewhere do not have the user's files, so what is in them travels with the run
     for module in modules_beside(experiment_module(run_file.experiment, args.run_file.parent), args.run_file.parent):
         cloudpickle.register_pickle_by_value(module)
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what workers print comes with plain prefixes
     with LiveDisplay() as display:
-        result = fit(experiment, run_file.training, run_file.cluster, run_file.model, display=display)
+        result = fit(
+            experiment,
+            run_file.training,
+            run_file.cluster,
+            run_file.model,
+            display=display,
+            take_over=args.take_over,
+        )
     _summarise(result.results, result.run_dir)
     return 0
 

@@ -32,6 +32,7 @@ _SYNONYMS = {
     "address": "ray_address cluster_address head url",
     "placement_strategy": "strategy placement placement_group_strategy",
     "torch_threads_per_worker": "num_threads omp_num_threads threads_per_worker torch_threads",
+    "snapshot_every_n_steps": "snapshot_interval memory_checkpoint_interval in_memory_checkpoint_every_n_steps",
     "collective_timeout_s": "timeout timeout_s torch_timeout nccl_timeout ddp_timeout collective_timeout",
 }
 
@@ -82,6 +83,8 @@ class ClusterConfig(Section):
     """Workers on as few nodes as possible (PACK) or as many (SPREAD); STRICT_ makes it a must."""
     torch_threads_per_worker: Count | None = None
     """CPU threads of torch in each worker. None: the CPUs that the worker reserves."""
+    snapshot_every_n_steps: Count | None = None
+    """Steps between snapshots in Ray's object store, from which workers that were restarted go on. None: none."""
     collective_timeout_s: Positive = 1800.0
     """Seconds that workers wait for each other before they take one for dead."""
 

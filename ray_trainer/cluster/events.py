@@ -10,7 +10,14 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import UserCallback
 
-from ray_trainer.errors import ConfigError, DataError, DivergenceError, RayTrainerError, StateMismatchError
+from ray_trainer.errors import (
+    ConfigError,
+    DataError,
+    DivergenceError,
+    LeaseLostError,
+    RayTrainerError,
+    StateMismatchError,
+)
 from ray_trainer.metrics import EventLog
 from ray_trainer.storage import Storage
 
@@ -21,25 +28,24 @@ _CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "conne
 
 
 #: What no restart can mend.
-FINAL_ERRORS = (ConfigError, DataError, DivergenceError, StateMismatchError)
+FINAL_ERRORS = (ConfigError, DataError, DivergenceError, LeaseLostError, StateMismatchError)
 
 
 class FailureRecorder(UserCallback):
     """Runs in Ray's controller, where an exception ends the run: only one that no restart can mend is raised."""
 
-    def __init__(self, run_uri: str, link: ActorHandle | None) -> None:
-        self._run_uri = run_uri
+    def __init__(self, run: Storage, link: ActorHandle | None) -> None:
+        self._run = run
         self._link = link
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record the failure of workers. Ray decides what follows."""
         cause = describe_failures(worker_exceptions)
         try:
-            storage = Storage.open(self._run_uri)
-            EventLog.of_controller(storage).record("failure", cause=cause, traceback=_tracebacks(worker_exceptions))
+            EventLog.of_controller(self._run).record("failure", cause=cause, traceback=_tracebacks(worker_exceptions))
             if self._link is not None:
                 self._link.announce.remote({"event": "failure", "cause": cause})
-        except (OSError, ray.exceptions.RayError) as error:
+        except (OSError, LeaseLostError, ray.exceptions.RayError) as error:
             logger.warning("The failure of a worker could not be recorded: %s", error)
         for failure in worker_exceptions.values():
             final = final_error(failure)
@@ -65,6 +71,10 @@ def tell(event: Mapping[str, Any]) -> str | None:
             return f"{checkpoint} is broken and set aside: {reason}"
         case {"event": "checkpoint_failed", "reason": reason}:
             return f"a checkpoint could not be written: {reason}"
+        case {"event": "data_changed", "split": split, "differs": differs, "action": action}:
+            return f"the {split} data has changed ({action}): {'; '.join(differs)}"
+        case {"event": "data_quarantined", "split": split, "num_rows": rows, "num_files": files}:
+            return f"of the {split} data, {rows} rows and {files} files are left out because they are bad"
         case {"event": "step_skipped", "step": step, "gradient_norm": norm}:
             return f"step {step} was skipped: its gradient norm is {norm}"
     return None

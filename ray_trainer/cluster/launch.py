@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType, SimpleNamespace
 from typing import Any, Protocol, cast
@@ -18,8 +18,11 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ray_trainer.checkpoint.catalog import list_checkpoints
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_error, tell
+from ray_trainer.cluster.files import DataFiles
+from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.session import (
     ray_session,
@@ -29,11 +32,16 @@ from ray_trainer.cluster.session import (
     worker_bounds,
 )
 from ray_trainer.cluster.shards import index_ray_dataset
+from ray_trainer.cluster.storage import filesystem_for_ray, mirror, owned
+from ray_trainer.cluster.vault import RayVault, open_keeper
 from ray_trainer.cluster.worker import Job, Outcome, train_worker, users_code
 from ray_trainer.config import TrainingConfig
+from ray_trainer.config.schema import Section
+from ray_trainer.data.quarantine import BadDataPolicy, checked
 from ray_trainer.errors import ConfigError, RunError
 from ray_trainer.metrics import ProgressRecord
 from ray_trainer.runtime import Stop, raise_interruption
+from ray_trainer.setup import bad_data_policy
 from ray_trainer.storage import Storage
 from ray_trainer.task import Experiment
 
@@ -50,6 +58,16 @@ class Display(Protocol):
 
     def message(self, text: str) -> None:
         """Something happened."""
+
+
+class Watch(Protocol):
+    """Somebody who follows a run and may end it: a user, or the trial of a sweep."""
+
+    def wish(self) -> Stop:
+        """Whether the run is to stop; asked a few times a second."""
+
+    def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
+        """The newest progress, and the events since the last call."""
 
 
 class NoDisplay:
@@ -84,6 +102,7 @@ def fit(
     model_config: Mapping[str, Any] | None = None,
     *,
     display: Display | None = None,
+    take_over: bool = False,
 ) -> FitResult:
     """Train on a Ray cluster; a run of the same name and storage path is continued.
 
@@ -96,33 +115,64 @@ def fit(
         cluster_config: where; one worker on this machine by default.
         model_config: reaches ``build_model`` and ``build_datasets`` as a `SimpleNamespace`.
         display: shows the run while it lasts.
+        take_over: do not ask whether another driver is at work on the run; it can't save any more then.
 
     Raises:
         ConfigError: a configuration or one of the experiment's functions is wrong.
         DataError: the data cannot be trained on.
+        LeaseHeldError: another driver is at work on the run; nothing was written.
+        LeaseLostError: another driver has taken the run over.
         RunError: the workers failed more often than ``max_failures`` allows.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
         SystemExit: with 143 after SIGTERM, once the checkpoint is written.
     """
     cluster = _named(cluster_config or ClusterConfig(), training_config)
-    _validate(training_config, cluster)
-    model_values = dict(model_config or {})
+    watching = _user(display or NoDisplay())
+    return fit_watched(experiment, training_config, cluster, dict(model_config or {}), watching, take_over=take_over)
+
+
+def fit_watched(
+    experiment: Experiment,
+    training_config: TrainingConfig,
+    cluster: ClusterConfig,
+    model_values: dict[str, Any],
+    watching: AbstractContextManager[Watch],
+    start_from: str | None = None,
+    take_over: bool = False,
+) -> FitResult:
+    """As `fit`, for whoever is watching.
+
+    Args:
+        experiment: as in `fit`.
+        training_config: as in `fit`.
+        cluster: with a name.
+        model_values: as in `fit`.
+        watching: entered once Ray runs.
+        start_from: a checkpoint of another run, with which this one starts as long as it has none of its own.
+        take_over: as in `fit`.
+    """
+    validate_sections(training=training_config, cluster=cluster)
     storage = Storage.open(cluster.storage_path).child(str(cluster.name))
-    _require_writable(storage)
+    require_writable(storage)
     is_new = not storage.exists()
-    with ray_session(cluster):
+    with owned(storage, training_config, take_over) as storage, ray_session(cluster):
         require_resources(cluster)
         link = open_link()
         job = Job(
             experiment=experiment,
             training=_with_fixed_global_batch(training_config, cluster),
             model_config=model_values,
-            datasets=_build_datasets(experiment, model_values, training_config),
+            datasets=build_datasets(experiment, model_values, training_config),
             description={"model": model_values, "cluster": cluster.to_dict()},
             torch_threads=torch_threads(cluster),
             link=link,
+            vault=_open_vault(cluster),
+            lease=storage.fence.epoch,
+            start_from=start_from,
         )
-        outcome = _run(_torch_trainer(job, cluster, storage), link, display or NoDisplay(), storage)
+        mirror(storage, list_checkpoints(storage))
+        outcome = _run(_torch_trainer(job, cluster, storage), link, watching, storage)
+        mirror(storage, list_checkpoints(storage))
     if outcome.error is not None:
         if is_new and not storage.exists("events.jsonl"):
             storage.delete()  # only Ray's marker is in there
@@ -132,15 +182,25 @@ def fit(
     return FitResult(outcome.results, storage.uri, _checkpoint(outcome.results, storage))
 
 
+def _open_vault(cluster: ClusterConfig) -> RayVault | None:
+    every_n_steps = cluster.snapshot_every_n_steps
+    return None if every_n_steps is None else RayVault(open_keeper(), every_n_steps)
+
+
 def _named(cluster: ClusterConfig, training: TrainingConfig) -> ClusterConfig:
     if cluster.name is not None:
         return cluster
     return replace(cluster, name=f"{training.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _validate(training: TrainingConfig, cluster: ClusterConfig) -> None:
+def validate_sections(**sections: Section) -> None:
+    """Check several sections.
+
+    Raises:
+        ConfigError: lists every error of each.
+    """
     problems = []
-    for section, config in (("training", training), ("cluster", cluster)):
+    for section, config in sections.items():
         try:
             config.validate()
         except ConfigError as error:
@@ -149,7 +209,7 @@ def _validate(training: TrainingConfig, cluster: ClusterConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _require_writable(storage: Storage) -> None:
+def require_writable(storage: Storage) -> None:
     """Refuse a place where nothing can be written, where that can be seen without writing."""
     if not storage.is_local:
         return
@@ -168,7 +228,12 @@ def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig) -
     return replace(training, global_batch_size=total, gradient_accumulation_steps=1)
 
 
-def _build_datasets(experiment: Experiment, model_values: dict[str, Any], training: TrainingConfig) -> dict[str, Any]:
+def build_datasets(experiment: Experiment, model_values: dict[str, Any], training: TrainingConfig) -> dict[str, Any]:
+    """The experiment's datasets, in a form that travels to workers.
+
+    Raises:
+        ConfigError: its function failed, or returned something else.
+    """
     with users_code("build_datasets"):
         datasets = dict(experiment.build_datasets(SimpleNamespace(**model_values), training))
     unknown = sorted(datasets.keys() - {"train", "val"})
@@ -177,19 +242,20 @@ def _build_datasets(experiment: Experiment, model_values: dict[str, Any], traini
             f"build_datasets returned the datasets {sorted(datasets)}. It must return a dict with 'train' and, "
             "if there is validation data, 'val'."
         )
-    return {name: _portable(data) for name, data in datasets.items() if data is not None}
+    policy = bad_data_policy(training, experiment.task_spec, experiment.collate_fn)
+    return {name: _portable(data, policy) for name, data in datasets.items() if data is not None}
 
 
-def _portable(data: Any) -> Any:
+def _portable(data: Any, policy: BadDataPolicy) -> Any:
     """The dataset in a form that every worker can open: an index of blocks, or a reference."""
-    if isinstance(data, ray.data.Dataset):
-        return index_ray_dataset(data)
-    return ray.put(data)
+    if not isinstance(data, ray.data.Dataset | DataFiles):
+        return ray.put(data)
+    blocks = data.index(policy) if isinstance(data, DataFiles) else index_ray_dataset(data, policy=policy)
+    checked(blocks, policy)  # told before workers are started; they leave the same rows out
+    return blocks
 
 
 def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchTrainer:
-    # Ray's own list of checkpoints: the manifests are the truth, and a list that disagrees with them is fatal to Ray
-    storage.delete("checkpoint_manager_snapshot.json")
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -205,16 +271,19 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
         ),
         run_config=ray.train.RunConfig(
             name=cluster.name,
-            storage_path=Storage.open(cluster.storage_path).uri,
+            storage_path=storage.path.rstrip("/").rpartition("/")[0],
+            storage_filesystem=filesystem_for_ray(storage),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
-            callbacks=[FailureRecorder(storage.uri, job.link)],
+            callbacks=[FailureRecorder(storage, job.link), GroupRecorder(job.link)],
         ),
     )
 
 
-def _run(trainer: TorchTrainer, link: ActorHandle, display: Display, storage: Storage) -> Outcome:
-    """Let Ray's controller work in a thread; this one shows progress and listens to signals."""
+def _run(
+    trainer: TorchTrainer, link: ActorHandle, watching: AbstractContextManager[Watch], storage: Storage
+) -> Outcome:
+    """Let Ray's controller work in a thread; this one passes on what is new, and the wish to stop."""
     box: list[Outcome | BaseException] = []
 
     def work() -> None:
@@ -224,12 +293,12 @@ def _run(trainer: TorchTrainer, link: ActorHandle, display: Display, storage: St
             box.append(error)
 
     thread = threading.Thread(target=work, name="ray-trainer-fit", daemon=True)
-    with _signals() as wish:
+    with watching as watch:
         thread.start()
         while thread.is_alive():
             thread.join(timeout=POLL_INTERVAL_S)
-            _show(link, int(wish()), display)
-        _show(link, 0, display)
+            _exchange(link, watch)
+        _exchange(link, watch)
     ended = box[0]
     if isinstance(ended, ray.train.TrainingFailedError):
         final = final_error(ended)
@@ -243,19 +312,39 @@ def _run(trainer: TorchTrainer, link: ActorHandle, display: Display, storage: St
     return ended
 
 
-def _show(link: ActorHandle, wish: int, display: Display) -> None:
+def _exchange(link: ActorHandle, watch: Watch) -> None:
     try:
-        progress, events = cast(tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(wish)))
+        progress, events = cast(
+            tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(int(watch.wish())))
+        )
     except ray.exceptions.RayActorError:
         return  # it starts anew; the training does not need it
-    for text in filter(None, map(tell, events)):
-        display.message(text)
-    if progress:
-        display.update(ProgressRecord.from_dict(progress))
+    watch.see(progress, events)
+
+
+class _User:
+    """Sees a run through a display, and ends it with a signal."""
+
+    def __init__(self, display: Display, wish: Callable[[], Stop]) -> None:
+        self._display = display
+        self.wish = wish
+
+    def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
+        """See `Watch`."""
+        for text in filter(None, map(tell, events)):
+            self._display.message(text)
+        if progress:
+            self._display.update(ProgressRecord.from_dict(progress))
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], Stop]]:
+def _user(display: Display) -> Iterator[Watch]:
+    with signals() as wish:
+        yield _User(display, wish)
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], Stop]]:
     """Take the first Ctrl-C or SIGTERM as a wish to stop; the second one ends the program at once.
 
     Entered after Ray has started, which sets handlers of its own.

@@ -1,7 +1,8 @@
 """`Runtime` over Ray Train: the worker's device, the run's directory, reports, and the link to the driver."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
 
@@ -13,24 +14,36 @@ from ray.train import CheckpointUploadMode
 
 from ray_trainer import distributed
 from ray_trainer.cluster.link import WorkerLink
-from ray_trainer.runtime import Stop
+from ray_trainer.cluster.storage import storage_of
+from ray_trainer.cluster.telemetry import Telemetry
+from ray_trainer.cluster.vault import RayVault
+from ray_trainer.runtime import Stop, fence_on_all_ranks
 from ray_trainer.storage import Storage
+from ray_trainer.storage.lease import follow
 
 
 class RayRuntime:
     """Inside a worker of a `TorchTrainer`."""
 
-    def __init__(self, link: ActorHandle | None, description: Mapping[str, Any]) -> None:
+    def __init__(
+        self, link: ActorHandle | None, description: Mapping[str, Any], lease: int, vault: RayVault | None
+    ) -> None:
         """Take what the driver sent along.
 
         Args:
             link: to the driver; only rank 0 uses it.
             description: the resolved sections of the run file that training does not know itself.
+            lease: the driver's; this start of the workers claims the run on its behalf.
+            vault: for snapshots in memory, if there are to be any.
         """
         self._context = ray.train.get_context().get_storage()  # DeveloperAPI: where Ray keeps this run
-        self._storage = Storage.of(self._context.storage_filesystem, self._context.experiment_fs_path)
+        self._storage = storage_of(self._context.storage_filesystem, self._context.experiment_fs_path)
+        self._lease = lease
+        self._vault = vault
         self._description = description
         self._link = WorkerLink(link if distributed.rank() == 0 else None)
+        run = self._storage.path.rstrip("/").rpartition("/")[2]
+        self._telemetry = Telemetry(run, self._storage, is_on=distributed.rank() == 0)
         self.stopped = Stop.NONE
 
     @property
@@ -43,16 +56,33 @@ class RayRuntime:
         """See `Runtime`."""
         return self._storage
 
+    @property
+    def snapshots(self) -> RayVault | None:
+        """See `Runtime`."""
+        return self._vault
+
     def __enter__(self) -> "RayRuntime":
         """Open the link."""
         self._link.open()
+        self._telemetry.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the link."""
+        self._telemetry.close()
         self._link.close()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """See `Runtime`; the driver renews the lease."""
+        storage = self._storage
+        self._storage = storage.fenced(fence_on_all_ranks(lambda: follow(storage, self._lease)))
+        try:
+            yield
+        finally:
+            self._storage = storage
 
     def describe(self) -> Mapping[str, Any]:
         """See `Runtime`."""
@@ -65,10 +95,12 @@ class RayRuntime:
     def show(self, progress: Mapping[str, Any]) -> None:
         """See `Runtime`."""
         self._link.show(progress)
+        self._telemetry.progress(progress)
 
     def announce(self, event: str, details: Mapping[str, Any]) -> None:
         """See `Runtime`."""
         self._link.announce({"event": event, **details})
+        self._telemetry.event(event, details)
 
     def checkpoint_committed(self, uri: str, metrics: Mapping[str, float]) -> None:
         """Tell Ray of a checkpoint that lies in the run's directory already.

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data
@@ -28,8 +30,12 @@ LOCAL_SETTINGS = {
 
 
 @contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, shows_output: bool = True) -> Iterator[None]:
     """Have Ray running inside; what was started here is stopped at the end, what was there stays.
+
+    Args:
+        cluster: says which Ray.
+        shows_output: what workers print comes out here as well, if Ray is started or joined here.
 
     Raises:
         ConfigError: there is no cluster at the address, or it does not let this process in.
@@ -42,7 +48,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     level_before = data_logger.level
     try:
         if started:
-            _start(cluster)
+            _start(cluster, shows_output)
         ray.data.DataContext.get_current().enable_progress_bars = False
         data_logger.setLevel(logging.ERROR)  # it tells its plan and each start
         yield
@@ -54,13 +60,14 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
             del os.environ[name]
 
 
-def _start(cluster: ClusterConfig) -> None:
+def _start(cluster: ClusterConfig, shows_output: bool) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": shows_output}
     if cluster.address is None:
         # never the Ray that happens to be found on this machine: it may be anybody's
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(address="local", include_dashboard=False, **options)
         return
     try:
-        ray.init(address=cluster.address, logging_level=logging.ERROR)
+        ray.init(address=cluster.address, runtime_env=_known_to_all(), **options)
     except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
         raise ConfigError(
             f"cluster.address = {cluster.address!r}: the cluster there cannot be joined ({error}). Start one with 'ray "
@@ -68,6 +75,12 @@ def _start(cluster: ClusterConfig) -> None:
             "for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what the head "
             "node keeps in ~/.ray/auth_token."
         ) from error
+
+
+def _known_to_all() -> dict[str, Any]:
+    """The cluster's address for every process of a job: Ray Train's clean-up looks for it where several Rays run."""
+    address = os.environ.get("RAY_ADDRESS", "")  # set by Ray itself for the driver of a job
+    return {"env_vars": {"RAY_ADDRESS": address}} if re.fullmatch(r"[^/]+:\d+", address) else {}
 
 
 def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:

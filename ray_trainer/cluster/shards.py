@@ -6,7 +6,6 @@ the object store. Only the driver owns blocks: a worker that is restarted finds 
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,12 +15,16 @@ import ray
 import ray.data
 import torch
 from ray import ObjectRef
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from torch import Tensor
 
 from ray_trainer.cluster.packs import Column, Digest, Pack, Segment, combined, finished, taken
+from ray_trainer.cluster.pipeline import explained, order_preserved
+from ray_trainer.cluster.strangers import Strangers
+from ray_trainer.data.description import ColumnDescription, DataDescription
 from ray_trainer.data.fingerprint import fingerprint
 from ray_trainer.data.order import Indices
+from ray_trainer.data.quarantine import KEEP, BadDataPolicy, Finding, LeftOut, without_empty_columns
 from ray_trainer.errors import DataError
 
 MiB = 1024 * 1024
@@ -44,6 +47,8 @@ class RayBlocks:
         num_rows: altogether.
         digests: of each pack when it was made.
         is_windowed: shuffled pack by pack, because it may exceed the memory of a node.
+        findings: rows that cannot be trained on, where they were searched.
+        left_out: what was bad and is not among the rows.
         packs_loaded: how often a pack was opened, for tests and diagnosis.
     """
 
@@ -52,6 +57,8 @@ class RayBlocks:
     num_rows: int
     digests: list[Digest]
     is_windowed: bool
+    findings: list[Finding] = field(default_factory=list)
+    left_out: LeftOut | None = None
     packs_loaded: int = 0
     _open: "OrderedDict[int, Pack]" = field(default_factory=OrderedDict, repr=False)
 
@@ -75,6 +82,19 @@ class RayBlocks:
         """See `IndexedDataset`; of the whole content, however it was divided into blocks."""
         columns = {name: [column.form, column.content] for name, column in combined(self.digests).items()}
         return fingerprint(self.num_rows, self.rows_per_pack if self.is_windowed else None, columns)
+
+    def describe(self) -> DataDescription:
+        """See `IndexedDataset`."""
+        columns = {
+            name: ColumnDescription(column.form, f"{column.content:016x}")
+            for name, column in combined(self.digests).items()
+        }
+        windows = f" in windows of {self.rows_per_pack:,} rows a pack" if self.is_windowed else ""
+        return DataDescription(f"a Ray Dataset{windows}", self.num_rows, columns)
+
+    def bad_rows(self, policy: BadDataPolicy) -> list[Finding]:
+        """See `IndexedDataset`; of the columns that were searched when the rows were packed."""
+        return [finding for finding in self.findings if policy.looks_at(finding.column)]
 
     def fetch(self, indices: Indices, epoch: int = 0) -> dict[str, Any]:
         """See `IndexedDataset`; a dict of columns."""
@@ -143,6 +163,7 @@ def index_ray_dataset(
     dataset: "ray.data.Dataset",
     full_shuffle_bytes: int = FULL_SHUFFLE_BYTES,
     window_pack_bytes: int = WINDOW_PACK_BYTES,
+    policy: BadDataPolicy = KEEP,
 ) -> RayBlocks:
     """Run a dataset's pipeline, on the driver, and give each of its rows a place.
 
@@ -152,38 +173,40 @@ def index_ray_dataset(
         dataset: its rows keep the order of their source.
         full_shuffle_bytes: larger datasets are shuffled within windows of packs.
         window_pack_bytes: the size of such a pack, about; up to 20 of them are in use at a time.
+        policy: which columns are searched for bad rows, and whether blocks with other columns are left out.
 
     Raises:
         DataError: the pipeline fails, gives no rows, or not the same columns everywhere.
     """
-    packer = _Packer(full_shuffle_bytes, window_pack_bytes)
+    packer = _Packer(full_shuffle_bytes, window_pack_bytes, policy)
+    strangers = Strangers(policy)
     try:
-        with _order_preserved(dataset):
+        with order_preserved(dataset):
             for bundle in dataset.iter_internal_ref_bundles():
                 slices = bundle.slices or [None] * len(bundle.blocks)
                 for entry, part in zip(bundle.blocks, slices, strict=True):
-                    if part is None:
-                        packer.add(entry.ref, 0, entry.metadata.num_rows, entry.metadata.size_bytes)
-                    else:
-                        packer.add(entry.ref, part.start_offset, part.end_offset, entry.metadata.size_bytes)
-        return packer.finish()
+                    start, stop = (part.start_offset, part.end_offset) if part else (0, entry.metadata.num_rows)
+                    if not strangers.take(entry.ref, stop - start):
+                        packer.add(entry.ref, start, stop, entry.metadata.size_bytes)
+        return packer.finish(strangers.left_out())
     except RayError as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
 class _Packer:
     """Turns the stream of a dataset's blocks into packs, some at a time."""
 
-    def __init__(self, full_shuffle_bytes: int, window_pack_bytes: int) -> None:
+    def __init__(self, full_shuffle_bytes: int, window_pack_bytes: int, policy: BadDataPolicy) -> None:
         self._full_shuffle_bytes = full_shuffle_bytes
         self._window_pack_bytes = window_pack_bytes
+        self._policy = policy
         self._pending: deque[tuple[ObjectRef[Any], int, int]] = deque()
         self._pending_rows = 0
         self._num_rows = 0
         self._num_bytes = 0
         self._rows_per_pack: int | None = None  # known once it is known that the data is large
         self._packs: list[ObjectRef[Pack]] = []
-        self._digests: list[ObjectRef[Digest]] = []
+        self._facts: list[ObjectRef[tuple[Digest, list[Finding]]]] = []
 
     def add(self, block: "ObjectRef[Any]", start: int, stop: int, size_bytes: int | None) -> None:
         """Take the next rows of the dataset."""
@@ -198,7 +221,7 @@ class _Packer:
         while self._rows_per_pack is not None and self._pending_rows >= self._rows_per_pack:
             self._pack(self._rows_per_pack)
 
-    def finish(self) -> RayBlocks:
+    def finish(self, left_out: LeftOut | None) -> RayBlocks:
         """Pack the rest."""
         if not self._num_rows:
             raise DataError("The Ray Dataset has no rows. There must be at least 1 to train on.")
@@ -206,9 +229,11 @@ class _Packer:
         rows_per_pack = self._rows_per_pack or self._rows_for(_FULL_PACK_BYTES)
         while self._pending_rows:
             self._pack(min(rows_per_pack, self._pending_rows))
-        digests = ray.get(self._digests)
-        combined(digests)
-        return RayBlocks(self._packs, rows_per_pack, self._num_rows, digests, is_windowed)
+        facts = ray.get(self._facts)
+        digests = [digest for digest, _ in facts]
+        combined(digests, allows_nothing=self._policy.looks)
+        findings = without_empty_columns([finding for _, found in facts for finding in found], self._num_rows)
+        return RayBlocks(self._packs, rows_per_pack, self._num_rows, digests, is_windowed, findings, left_out)
 
     def _rows_for(self, num_bytes: int) -> int:
         """A power of two, so that a slightly different estimate of a row's size changes nothing."""
@@ -229,17 +254,19 @@ class _Packer:
                 self._pending.appendleft((block, end, stop))
         self._pending_rows -= num_rows
         first_row = self._num_rows - self._pending_rows - num_rows
-        pack, digest = _make_pack.remote(first_row, segments, *blocks)
+        pack, facts = _make_pack.remote(first_row, segments, self._policy, *blocks)
         self._packs.append(pack)
-        self._digests.append(digest)
-        if len(self._digests) > _PACKING_AT_ONCE:  # else all blocks would be kept until their packs are made
-            ray.wait([self._digests[-1 - _PACKING_AT_ONCE]], fetch_local=False)
+        self._facts.append(facts)
+        if len(self._facts) > _PACKING_AT_ONCE:  # else all blocks would be kept until their packs are made
+            ray.wait([self._facts[-1 - _PACKING_AT_ONCE]], fetch_local=False)
 
 
 @ray.remote(num_returns=2)  # type: ignore[untyped-decorator]
-def _make_pack(first_row: int, segments: list[Segment], *blocks: Any) -> tuple[Pack, Digest]:
-    pack = Pack.of(list(blocks), segments, first_row)
-    return pack, pack.digest
+def _make_pack(
+    first_row: int, segments: list[Segment], policy: BadDataPolicy, *blocks: Any
+) -> tuple[Pack, tuple[Digest, list[Finding]]]:
+    pack = Pack.of(list(blocks), segments, first_row, policy)
+    return pack, (pack.digest, pack.findings)
 
 
 def _scattered(pieces: list[tuple[Column, Indices, Indices]]) -> Any:
@@ -255,31 +282,8 @@ def _scattered(pieces: list[tuple[Column, Indices, Indices]]) -> Any:
     return finished(taken(joined, np.argsort(places)))
 
 
-@contextmanager
-def _order_preserved(dataset: "ray.data.Dataset") -> Iterator[None]:
-    """Rows come out in the order of their source; Ray gives them as they are ready otherwise."""
-    options = dataset.context.execution_options
-    before = options.preserve_order
-    options.preserve_order = True
-    try:
-        yield
-    finally:
-        options.preserve_order = before
-
-
 def _got(refs: "list[ObjectRef[Pack]]") -> list[Pack]:
     try:
         return cast(list[Pack], ray.get(refs))
     except RayError as error:
-        raise _explained(error) from error
-
-
-def _explained(error: RayError) -> DataError:
-    if not isinstance(error, RayTaskError):
-        return DataError(f"The Ray Dataset cannot be read: {type(error).__name__}: {error}")
-    if isinstance(error.cause, DataError):
-        return error.cause
-    # Ray wraps what the user's code raised, and keeps the original in its traceback only
-    innermost = str(error).split("\nThe above exception")[0].strip().splitlines()
-    what = innermost[-1] if innermost else str(error.cause)
-    return DataError(f"The pipeline of the Ray Dataset failed with {what}\n\n{error}")
+        raise explained(error) from error

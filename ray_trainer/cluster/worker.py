@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ray_trainer import distributed
 from ray_trainer.cluster.events import final_error
 from ray_trainer.cluster.runtime import RayRuntime
+from ray_trainer.cluster.vault import RayVault
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import ConfigError, RayTrainerError
 from ray_trainer.runtime import Stop
@@ -36,6 +37,9 @@ class Job:
         description: the sections of ``run.yaml`` beside ``training``.
         torch_threads: of each worker; bits depend on it.
         link: to the driver.
+        vault: for snapshots in memory.
+        lease: the driver's, on the run's directory; 0 where nothing is going to be written.
+        start_from: a checkpoint of another run, for as long as this one has none of its own.
     """
 
     experiment: Experiment
@@ -45,6 +49,9 @@ class Job:
     description: dict[str, Any]
     torch_threads: int
     link: ActorHandle | None
+    vault: RayVault | None
+    lease: int
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,11 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
-    runtime = RayRuntime(job.link, job.description)
+    runtime = RayRuntime(job.link, job.description, job.lease, job.vault)
     try:
         trainer = _build_trainer(job, runtime)
         train, val = (_open(job.datasets.get(name)) for name in ("train", "val"))
-        results = trainer.train(train, val, resume_from="auto")
+        results = trainer.train(train, val, resume_from=_origin(trainer, job))
     except RayTrainerError as error:
         if _is_known_to_all(error) and final_error(error) is not None:
             return Outcome(results=None, error=error, stop=Stop.NONE)
@@ -84,6 +91,14 @@ def train_worker(config: dict[str, Any]) -> Outcome:
 def _without_rays_lines(record: logging.LogRecord) -> bool:
     """Ray Train prints each report of each worker, and each error with its traceback; both are events of ours."""
     return f"{os.sep}ray{os.sep}train{os.sep}" not in record.pathname
+
+
+def _origin(trainer: Trainer, job: Job) -> str:
+    """What training goes on from: the run's own newest checkpoint, else the one it was given. Collective."""
+    if job.start_from is None:
+        return "auto"
+    has_own = distributed.broadcast_object(bool(trainer.checkpoint_manager.records()))
+    return "auto" if has_own else job.start_from
 
 
 def _open(data: Any) -> Any:

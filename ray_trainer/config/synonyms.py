@@ -35,6 +35,10 @@ _NAMES = {
     "min_lr_ratio": "min_lr eta_min min_learning_rate lr_end end_lr min_lr_rate",
     "precision": "mixed_precision fp16 bf16 dtype torch_dtype half_precision",
     "use_amp": "amp autocast enable_amp",
+    "parallelism": (
+        "strategy fsdp fully_shard distributed_type distributed_strategy parallel_strategy parallelism_config "
+        "data_parallel zero_stage"
+    ),
     "compile_mode": "torch_compile compile torch_compile_mode use_compile",
     "compile_fullgraph": "fullgraph torch_compile_fullgraph",
     "compile_dynamic": "dynamic torch_compile_dynamic",
@@ -57,9 +61,7 @@ _NAMES = {
         "output_dir default_root_dir save_folder save_dir ckpt_dir out_dir checkpoint_path dirpath checkpoint_folder"
     ),
     "save_every_n_epochs": "every_n_epochs checkpoint_every_n_epochs save_freq",
-    "save_every_n_steps": (
-        "save_steps save_interval every_n_train_steps checkpoint_interval checkpoint_every save_every"
-    ),
+    "save_every_n_steps": ("save_steps every_n_train_steps checkpoint_interval checkpoint_every save_every"),
     "save_every_minutes": "train_time_interval save_every_n_minutes checkpoint_minutes",
     "keep_last_n": (
         "save_total_limit num_checkpoints_to_keep save_num_checkpoints_to_keep max_to_keep keep_latest_k "
@@ -74,7 +76,7 @@ _NAMES = {
     "notes": "description comment comments",
 }
 
-_IN_THE_CLUSTER = "devices num_nodes world_size num_gpus gpus use_gpu strategy accelerator num_processes"
+_IN_THE_CLUSTER = "devices num_nodes world_size num_gpus gpus use_gpu accelerator num_processes"
 _IN_THE_MODEL = (
     "vocab_size max_seq_len d_model num_layers num_heads d_ff dropout hidden_size model_type model_name n_layer n_head"
 )

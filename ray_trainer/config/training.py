@@ -14,6 +14,7 @@ from ray_trainer.config.fields import (
     CountOrZero,
     NotNegative,
     Positive,
+    PositiveRatio,
     Ratio,
     RatioBelowOne,
     Text,
@@ -50,6 +51,12 @@ def _no_time(config: "TrainingConfig") -> str | None:
 def _amp_contradicts(config: "TrainingConfig") -> str | None:
     if config.use_amp is False and config.precision != "fp32":
         return f"contradicts precision = {config.precision!r}; leave use_amp out, or set precision to 'fp32'"
+    return None
+
+
+def _compiles_shards(config: "TrainingConfig") -> str | None:
+    if config.compile_mode is not None and config.parallelism == "fsdp":
+        return "does not go together with parallelism = 'fsdp'; leave one of them out"
     return None
 
 
@@ -126,6 +133,8 @@ class TrainingConfig(Section):
     """Number format of the forward pass; weights stay in 32 bits."""
     use_amp: bool | None = None
     """True: mixed precision, bf16 unless `precision` says fp16. None: `precision` decides."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """What several workers keep: each the whole model (ddp), or a shard of model and optimizer (fsdp)."""
     compile_mode: CompileMode | None = None
     """Mode of torch.compile. None: the model is not compiled."""
     compile_fullgraph: bool = False
@@ -146,6 +155,14 @@ class TrainingConfig(Section):
     """Processes that load data for each worker. 0: the worker loads it itself."""
     validation_split: ValidationRatio = 0.0
     """Part of the training data that is held out for validation when no validation data is given."""
+    on_data_change: Literal["refuse", "restart_epoch", "continue"] = "refuse"
+    """What a run does if its training data has changed: "restart_epoch" begins the epoch in progress again with
+    the new data, "continue" goes on at the same place of its new order."""
+    on_bad_data: Literal["refuse", "quarantine", "keep"] = "refuse"
+    """What is done with rows that hold NaN, infinity or a missing number, and with files that cannot be read:
+    "quarantine" leaves them out, "keep" does not look."""
+    max_bad_ratio: Ratio = 0.01
+    """Part of the rows, or of the files, above which bad ones are refused rather than left out."""
     limit_train_batches: Count | None = None
     """Micro-batches of training that a worker processes in an epoch at most. None: all."""
     limit_val_batches: Count | None = None
@@ -174,6 +191,16 @@ class TrainingConfig(Section):
     """Optimizer steps between checkpoints. None: not by steps."""
     save_every_minutes: Positive | None = None
     """Minutes between checkpoints. None: not by time."""
+    save_interval: Literal["auto"] | None = None
+    """Time between checkpoints; "auto": as `save_budget` allows, or by the rate of failures once there are any.
+    None: the other intervals decide alone."""
+    save_budget: PositiveRatio = 0.01
+    """Part of the time of training that checkpoints may cost where `save_interval` is "auto"."""
+    overlapping_saves: Literal["skip", "wait"] = "skip"
+    """What is done when a checkpoint within an epoch is due and the one before is still being written."""
+    max_failed_saves: Count = 8
+    """Checkpoints in a row that could not be written, after which training fails; the pause between attempts
+    grows from 5 s to 5 minutes."""
     keep_last_n: Count = 5
     """Newest checkpoints that are kept."""
     keep_best_k: CountOrZero = 3
@@ -197,6 +224,7 @@ class TrainingConfig(Section):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(("max_time",), _no_time),
         Rule(("use_amp", "precision"), _amp_contradicts),
+        Rule(("compile_mode", "parallelism"), _compiles_shards),
         Rule(("mode", "monitor"), _wrong_mode),
         Rule(
             ("early_stopping_patience", "validate_every_n_epochs", "validate_every_n_steps", "monitor"),

@@ -11,7 +11,9 @@ class IndexedDataset(Protocol):
     """A dataset that reads whole batches by index.
 
     It may also have ``announce(indices)``, called some steps before they are fetched; ``block_sizes``, to be
-    shuffled block by block; and ``column(key)``, all values of a column in pieces, where that is cheap.
+    shuffled block by block; ``column(key)``, all values of a column in pieces, where that is cheap;
+    ``describe()``, a `DataDescription`, to say what differs where the fingerprint does; ``bad_rows(policy)``, a list
+    of `Finding`, where they are known before training; and ``left_out``, what it was freed from already.
 
     Attributes:
         reads_in_processes: whether loader processes may read it, and gain by it. False for what is in memory.

@@ -12,6 +12,7 @@ from ray_trainer.data.batch import Batch, BatchPlan
 from ray_trainer.data.collate import CollatorRegistry, HasModality
 from ray_trainer.data.factory import choose_collator
 from ray_trainer.data.order import Indices, permuted
+from ray_trainer.data.quarantine import KEEP, BadDataPolicy, checked
 from ray_trainer.data.readers import RowsReader, as_indexed
 from ray_trainer.data.samples import Collate
 from ray_trainer.data.source import BatchSource, build_source
@@ -35,6 +36,7 @@ class UniversalDataModule:
         seed: of the split and of the order of the plain loaders.
         collator_registry: None takes the shared one.
         collate_fn: makes a batch of a list of samples; wins over the registry.
+        bad_data: what is done with bad rows.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class UniversalDataModule:
         seed: int = 42,
         collator_registry: CollatorRegistry | None = None,
         collate_fn: Collate | None = None,
+        bad_data: BadDataPolicy = KEEP,
     ) -> None:
         self._task_spec = task_spec
         self._tokenizer = tokenizer
         self._registry = collator_registry or CollatorRegistry.get_instance()
         self._collate_fn = collate_fn
+        self._bad_data = bad_data
         self._plan = BatchPlan(batch_size, batch_size, seed=seed, num_loader_workers=num_workers)
         self._epoch = 0
         self.train_data, self.val_data = train_data, val_data
@@ -66,7 +70,7 @@ class UniversalDataModule:
         Raises:
             DataError: it is empty or cannot be read.
         """
-        return build_source(self.train_data, plan, self._collator(self.train_data))
+        return build_source(self.train_data, plan, self._collator(self.train_data), self._bad_data)
 
     def val_source(self, plan: BatchPlan) -> BatchSource | None:
         """The validation data in its own order and to its last sample, or None.
@@ -78,7 +82,7 @@ class UniversalDataModule:
             return None
         plan = replace(plan, shuffle=False, drop_last=False)
         try:
-            return build_source(self.val_data, plan, self._collator(self.val_data))
+            return build_source(self.val_data, plan, self._collator(self.val_data), self._bad_data)
         except DataError as error:
             raise DataError(f"The validation data cannot be used: {error}") from error
 
@@ -118,7 +122,7 @@ class UniversalDataModule:
                 f"A {type(data).__name__} cannot be split for validation, because it has no random access. "
                 "Pass validation data, or set the split to 0."
             )
-        reader = as_indexed(data, seed, self._collator(data))
+        reader = checked(as_indexed(data, seed, self._collator(data)), self._bad_data)
         train_rows, val_rows = split_rows(len(reader), fraction, seed)
         return RowsReader(reader, train_rows), RowsReader(reader, val_rows)
 

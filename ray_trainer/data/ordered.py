@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ray_trainer.data.batch import Batch, BatchPlan, StepBatch
 from ray_trainer.data.deal import Deal, Share
+from ray_trainer.data.description import DataDescription
 from ray_trainer.data.indexed import IndexedDataset
 from ray_trainer.data.order import Indices, SampleOrder
+from ray_trainer.data.quarantine import LeftOut
 from ray_trainer.seeding import create_seeded_generator
 
 
@@ -47,6 +49,20 @@ class OrderedSource:
     def fingerprint(self) -> str:
         """Of the dataset; read once."""
         return self._dataset.fingerprint()
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What of the dataset is not trained on because it is bad."""
+        return getattr(self._dataset, "left_out", None)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether looking at any of it costs next to nothing."""
+        return not self._dataset.reads_in_processes
+
+    def describe(self) -> DataDescription:
+        """What is told of the dataset beside its fingerprint."""
+        return DataDescription.of(self._dataset)
 
     def column(self, key: int | str) -> Iterator[Tensor]:
         """All values of one column of the dataset, in pieces, where they are in memory; else nothing."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,11 +10,16 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from ray_trainer.data.batch import Batch
+from ray_trainer.data.description import ColumnDescription, DataDescription, form_of
 from ray_trainer.data.fingerprint import fingerprint, sampled_rows, tensor_fingerprint
 from ray_trainer.data.indexed import IndexedDataset
 from ray_trainer.data.order import Indices
+from ray_trainer.data.quarantine import BadDataPolicy, Finding, LeftOut, bad_rows_of, is_of_numbers
 from ray_trainer.data.samples import Collate, SampleReader, shortened, unreadable
 from ray_trainer.errors import DataError
+
+_ROWS_LOOKED_AT = 1 << 16
+_LISTS_LOOKED_AT_BYTES = 1 << 30
 
 
 class TensorReader:
@@ -50,6 +55,19 @@ class TensorReader:
         """See `IndexedDataset`."""
         return tensor_fingerprint(self._tensors)
 
+    def bad_rows(self, policy: BadDataPolicy) -> list[Finding]:
+        """See `IndexedDataset`."""
+        dense = [(str(place), t) for place, t in enumerate(self._tensors) if t.layout is torch.strided]
+        return [finding for name, tensor in dense for finding in bad_rows_of(name, tensor)]
+
+    def describe(self) -> DataDescription:
+        """See `IndexedDataset`; columns are named by their place."""
+        columns = {
+            str(place): ColumnDescription(form_of(tensor[0]), tensor_fingerprint([tensor]))
+            for place, tensor in enumerate(self._tensors if len(self) else ())
+        }
+        return DataDescription("tensors", len(self), columns)
+
 
 class ColumnReader:
     """A Hugging Face dataset, read by batches of columns; a batch is a dict.
@@ -81,8 +99,40 @@ class ColumnReader:
 
     def fingerprint(self) -> str:
         """See `IndexedDataset`; of length, columns and some sampled rows."""
+        return fingerprint(len(self), self._dataset.column_names, self._sampled_columns() or None)
+
+    def bad_rows(self, policy: BadDataPolicy) -> list[Finding]:
+        """See `IndexedDataset`; of columns of numbers, those of lists only up to 1 GB of data."""
+        if not hasattr(self._dataset, "with_format"):
+            return []
+        tables = self._dataset.with_format("arrow")
+        findings: list[Finding] = []
+        for first in range(0, len(self), _ROWS_LOOKED_AT) if self._number_columns(policy) else ():
+            table = tables.select_columns(self._number_columns(policy))[first : first + _ROWS_LOOKED_AT]
+            for name in table.column_names:
+                findings += bad_rows_of(name, table[name].combine_chunks(), first)
+        return findings
+
+    def _number_columns(self, policy: BadDataPolicy) -> list[str]:
+        data = self._dataset.data
+        is_small = data.nbytes <= _LISTS_LOOKED_AT_BYTES
+        return [
+            field.name
+            for field in data.schema
+            if policy.looks_at(field.name) and is_of_numbers(field.type) and (is_small or field.type.num_fields == 0)
+        ]
+
+    def describe(self) -> DataDescription:
+        """See `IndexedDataset`; of the same rows as the fingerprint."""
+        columns = {
+            name: ColumnDescription(form_of(values[0]), fingerprint(values))
+            for name, values in self._sampled_columns().items()
+        }
+        return DataDescription("columns of Hugging Face", len(self), columns)
+
+    def _sampled_columns(self) -> dict[str, Any]:
         rows = np.array(sampled_rows(len(self), limit=64))
-        return fingerprint(len(self), self._dataset.column_names, self.fetch(rows) if len(rows) else None)
+        return cast(dict[str, Any], self.fetch(rows)) if len(rows) else {}
 
 
 class RowsReader:
@@ -130,6 +180,22 @@ class RowsReader:
     def fingerprint(self) -> str:
         """See `IndexedDataset`."""
         return fingerprint(self._dataset.fingerprint(), self._rows)
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What the dataset was freed from."""
+        return getattr(self._dataset, "left_out", None)
+
+    def bad_rows(self, policy: BadDataPolicy) -> list[Finding]:
+        """See `IndexedDataset`; those among its rows."""
+        bad_rows = getattr(self._dataset, "bad_rows", None)
+        found: list[Finding] = [] if bad_rows is None else bad_rows(policy)
+        here = [finding._replace(rows=np.flatnonzero(np.isin(self._rows, finding.rows)), paths=()) for finding in found]
+        return [finding for finding in here if len(finding.rows)]
+
+    def describe(self) -> DataDescription:
+        """See `IndexedDataset`; the columns are those of the whole dataset."""
+        return DataDescription.of(self._dataset).resized(len(self))
 
 
 def as_column(values: Any) -> Any:

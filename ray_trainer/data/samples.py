@@ -8,8 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from ray_trainer.data.batch import Batch
+from ray_trainer.data.description import DataDescription, describe_fields
 from ray_trainer.data.fingerprint import fingerprint, sampled_rows
 from ray_trainer.data.order import Indices
+from ray_trainer.data.quarantine import BadDataPolicy, Finding, LeftOut
 from ray_trainer.errors import DataError
 from ray_trainer.seeding import generators_moved, isolated_rng, mark_generators, seed_sample
 
@@ -52,6 +54,24 @@ class SampleReader:
         if announce is not None:
             announce(indices)
 
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What the dataset was freed from."""
+        return getattr(self._dataset, "left_out", None)
+
+    def bad_rows(self, policy: BadDataPolicy) -> list[Finding]:
+        """Those that the dataset tells of itself: looking for them would mean to read every sample."""
+        bad_rows = getattr(self._dataset, "bad_rows", None)
+        if bad_rows is not None:
+            return cast(list[Finding], bad_rows(policy))
+        if policy.action == "quarantine":
+            logger.warning(
+                "%s is read sample by sample, so on_bad_data cannot look for bad samples in it before training. "
+                "One that cannot be read ends the run, with its number.",
+                self._name,
+            )
+        return []
+
     def fetch(self, indices: Indices, epoch: int = 0) -> Batch:
         """See `IndexedDataset`."""
         wanted = indices.tolist()
@@ -85,6 +105,16 @@ class SampleReader:
                     self._name,
                 )
         return fingerprint(self._name, len(self), content)
+
+    def describe(self) -> DataDescription:
+        """See `IndexedDataset`; of a few samples, without the content of what differs from reading to reading."""
+        if callable(getattr(self._dataset, "describe", None)):
+            return DataDescription.of(self._dataset)
+        rows = sampled_rows(len(self), limit=8)
+        with isolated_rng():
+            first, again = (describe_fields(self._read_each(rows, seed=0, epoch=0)) if rows else {} for _ in range(2))
+        unstable = {name: found._replace(content="") for name, found in first.items() if found != again.get(name)}
+        return DataDescription(self._name, len(self), first | unstable)
 
     def _read_each(self, wanted: list[int], seed: int, epoch: int) -> list[Any]:
         """One by one, each seeded; that costs 10 microseconds, so only once the dataset was seen to draw."""

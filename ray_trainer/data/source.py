@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ray_trainer.data.batch import Batch, BatchPlan, StepBatch, to_device
 from ray_trainer.data.indexed import IndexedDataset
 from ray_trainer.data.ordered import OrderedSource
+from ray_trainer.data.quarantine import KEEP, BadDataPolicy, checked
 from ray_trainer.data.readers import as_indexed, refuse_unsplit
 from ray_trainer.data.samples import Collate
 from ray_trainer.data.streams import StreamSource, as_loader
@@ -59,13 +60,16 @@ class BatchSource(Protocol):
         ...
 
 
-def build_source(data: Any, plan: BatchPlan, collate_fn: Collate | None = None) -> BatchSource:
+def build_source(
+    data: Any, plan: BatchPlan, collate_fn: Collate | None = None, bad_data: BadDataPolicy = KEEP
+) -> BatchSource:
     """The source for a dataset, loader or iterable; a source is returned as it is.
 
     Args:
         data: anything `as_indexed` takes, a `DataLoader` (used as it is), or an iterable of samples.
         plan: who takes which samples.
         collate_fn: makes a batch of a list of samples; not for a `DataLoader`, which has its own.
+        bad_data: what is done with bad rows of data that is in memory or in columns.
 
     Raises:
         DataError: the data is empty, or cannot be read this way.
@@ -79,4 +83,4 @@ def build_source(data: Any, plan: BatchPlan, collate_fn: Collate | None = None) 
         return StreamSource(as_loader(data, plan, collate_fn), plan)
     if data is None:
         raise DataError("There is no training data: None was passed.")
-    return OrderedSource(as_indexed(data, plan.seed, collate_fn), plan)
+    return OrderedSource(checked(as_indexed(data, plan.seed, collate_fn), bad_data), plan)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sized
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ray_trainer.data.batch import Batch, BatchPlan, StepBatch, count_samples
+from ray_trainer.data.description import DataDescription
 from ray_trainer.data.fingerprint import fingerprint
 from ray_trainer.data.readers import as_indexed
 from ray_trainer.data.samples import Collate
@@ -55,9 +57,15 @@ class StreamSource:
     def fingerprint(self) -> str:
         """Of the dataset if it has random access, else of its type alone."""
         dataset = self._loader.dataset
-        has_random_access = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-        content = as_indexed(dataset, self._plan.seed).fingerprint() if has_random_access else None
+        content = as_indexed(dataset, self._plan.seed).fingerprint() if _has_random_access(dataset) else None
         return fingerprint(self._name, self._loader.batch_size, content)
+
+    def describe(self) -> DataDescription:
+        """What is told beside the fingerprint; of the dataset, where that has random access."""
+        kind = f"a loader of {self._name} with batches of {self._loader.batch_size}"
+        if not _has_random_access(self._loader.dataset):
+            return DataDescription(kind, None)
+        return replace(DataDescription.of(as_indexed(self._loader.dataset, self._plan.seed)), kind=kind)
 
     def steps_per_epoch(self) -> int | None:
         """Number of steps, or None where the loader does not know its length."""
@@ -213,6 +221,10 @@ def _seed_own_generators(loader: "DataLoader[Any]") -> None:
         generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+
+
+def _has_random_access(dataset: Any) -> bool:
+    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
 
 
 def _length(loader: "DataLoader[Any]") -> int | None:

@@ -1,7 +1,8 @@
 """A directory that may be on the local disk, NFS or an object store, and what may be done in it.
 
 A file is written whole or not at all, so a reader never sees half of one on a file system that keeps its
-promises. What a crash or a broken disk leaves is for the reader's checksums to find.
+promises. What a crash or a broken disk leaves is for the reader's checksums to find. A failure that may pass is
+tried again for a while (see `patience`).
 """
 
 import copy
@@ -9,16 +10,21 @@ import errno
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pyarrow import fs as pafs
 
 from ray_trainer.storage import local, objects
+from ray_trainer.storage.fence import NO_FENCE, Fence
 from ray_trainer.storage.local import Buffer
 from ray_trainer.storage.naming import naming
+from ray_trainer.storage.patience import IMPATIENT, PATIENT, Patience
+from ray_trainer.storage.reading import PatientReader
+
+T = TypeVar("T")
 
 _BLOCK_BYTES = 16 << 20
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -34,12 +40,15 @@ class Storage:
         filesystem: where it is.
         path: the directory's path within ``filesystem``.
         is_local: it is a path of this machine (NFS included): can append, rename and fsync.
+        fence: asked before anything in it is changed; see `fenced`.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, path: str, uri_frame: tuple[str, str] = ("", "")) -> None:
         self.filesystem = filesystem
         self.path = path
         self.is_local = isinstance(filesystem, pafs.LocalFileSystem)
+        self.fence: Fence = NO_FENCE
+        self._patience = PATIENT
         self._uri_frame = uri_frame
 
     @classmethod
@@ -86,6 +95,22 @@ class Storage:
         child.path = self._at(name)
         return child
 
+    def fenced(self, fence: Fence) -> Self:
+        """The same directory, in which nothing is changed any more once the fence says no."""
+        fenced = copy.copy(self)
+        fenced.fence = fence
+        return fenced
+
+    def with_patience(self, patience: Patience) -> Self:
+        """The same directory, in which what fails is tried again for longer or shorter."""
+        other = copy.copy(self)
+        other._patience = patience
+        return other
+
+    def impatient(self) -> Self:
+        """The same directory, with failures raised at once: for who has something better to do than to wait."""
+        return self.with_patience(IMPATIENT)
+
     def local_path(self, name: str = "") -> Path:
         """Where the directory, or a file in it, is on this machine.
 
@@ -104,11 +129,21 @@ class Storage:
         self.write_chunks(name, (data,))
 
     def write_chunks(self, name: str, chunks: Iterable[Buffer]) -> None:
-        """As `write`, from pieces, so that a large file need not be in memory as one."""
-        if self.is_local:
-            local.write(self.local_path(name), chunks)
-        else:
-            objects.write(self.filesystem, self._at(name), chunks)
+        """As `write`, from pieces, so that a large file need not be in memory as one.
+
+        Pieces that can be had only once, from a generator, are not tried again.
+        """
+
+        def write() -> None:
+            self.fence.check()
+            if self.is_local:
+                local.write(Path(path), chunks, before_it_is_visible=self.fence.check)
+            else:
+                objects.write(self.filesystem, path, chunks)
+
+        path = self._at(name)
+        is_repeatable = iter(chunks) is not chunks
+        self._attempt(write, path, self._patience if is_repeatable else IMPATIENT)
 
     def append(self, name: str, data: bytes) -> None:
         """Add to the end of a local file in one call to the system, so that lines of two writers stay whole.
@@ -116,7 +151,8 @@ class Storage:
         Raises:
             io.UnsupportedOperation: the file system can't append.
         """
-        local.append(self.local_path(name), data)
+        self.fence.glance()
+        local.append(self.local_path(name), data, before_it_is_made=self.fence.check)
 
     def read(self, name: str) -> bytes:
         """The content of a file; ``FileNotFoundError`` if there is none."""
@@ -125,8 +161,9 @@ class Storage:
     def blocks(self, name: str, block_bytes: int = _BLOCK_BYTES) -> Iterator[bytes]:
         """The content of a file, piece by piece; one piece if ``block_bytes`` is negative."""
         path = self._at(name)
-        with naming(path), self._open_to_read(path) as file:
-            while block := file.read(None if block_bytes < 0 else block_bytes):
+        reader = PatientReader(lambda position: self._open_at(path, position), self._patience, path)
+        with naming(path), closing(reader):
+            while block := reader.read(None if block_bytes < 0 else block_bytes):
                 yield block
 
     def exists(self, name: str = "") -> bool:
@@ -142,18 +179,27 @@ class Storage:
 
     def list(self) -> list[str]:
         """The names of files and directories in this one, sorted; none if it is missing."""
-        with naming(self.path):
-            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if not _UNFINISHED.fullmatch(info.base_name))
+        return sorted(self.modified_ns())
+
+    def modified_ns(self) -> dict[str, int]:
+        """The names as in `list`, and when each was last written by the clock of the storage; 0 if it has none."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        found = self._attempt(lambda: self.filesystem.get_file_info(selector), self.path)
+        return {info.base_name: info.mtime_ns or 0 for info in found if not _UNFINISHED.fullmatch(info.base_name)}
 
     def delete(self, name: str = "") -> None:
         """Remove a file or a whole directory; one that is missing is fine."""
-        path = self._at(name)
-        with naming(path), suppress(FileNotFoundError):
+
+        def delete() -> None:
+            self.fence.check()
             if self.is_local:
                 local.delete(Path(path))
             else:
                 objects.delete(self.filesystem, path)
+
+        path = self._at(name)
+        with suppress(FileNotFoundError):
+            self._attempt(delete, path)
 
     def move(self, name: str, new_name: str) -> None:
         """Give a file or directory another name within this one.
@@ -166,13 +212,17 @@ class Storage:
         source, target = self._at(name), self._at(new_name)
         if self.exists(new_name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-        with naming(source):
+
+        def move() -> None:
+            self.fence.check()
             if self.is_local:
                 local.make_directory(Path(target).parent)
                 Path(source).rename(target)
                 self.sync()
             else:
                 objects.move(self.filesystem, source, target)
+
+        self._attempt(move, source)
 
     def sync(self) -> None:
         """Make the names in this directory durable. Object stores do so by themselves."""
@@ -184,11 +234,24 @@ class Storage:
 
     def _info(self, name: str) -> Any:
         path = self._at(name)
-        with naming(path):
-            return self.filesystem.get_file_info(path)
+        return self._attempt(lambda: self.filesystem.get_file_info(path), path)
 
-    def _open_to_read(self, path: str) -> Any:
-        return Path(path).open("rb") if self.is_local else self.filesystem.open_input_stream(path)
+    def _attempt(self, action: Callable[[], T], path: str, patience: Patience | None = None) -> T:
+        def named() -> T:
+            with naming(path):
+                return action()
+
+        return (patience or self._patience).attempt(named, path)
+
+    def _open_at(self, path: str, position: int) -> Any:
+        if self.is_local:
+            file: Any = Path(path).open("rb")  # noqa: SIM115 -- whoever reads it closes it
+        elif position == 0:
+            return self.filesystem.open_input_stream(path)
+        else:
+            file = self.filesystem.open_input_file(path)
+        file.seek(position)
+        return file
 
 
 def _absolute(path: str) -> str:

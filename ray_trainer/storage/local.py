@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,8 +15,14 @@ Buffer = bytes | memoryview
 _APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
-def write(path: Path, chunks: Iterable[Buffer]) -> None:
-    """Write a file under another name, and give it its own once it has reached the disk."""
+def write(path: Path, chunks: Iterable[Buffer], before_it_is_visible: Callable[[], None]) -> None:
+    """Write a file under another name, and give it its own once it has reached the disk.
+
+    Args:
+        path: its own.
+        chunks: its content.
+        before_it_is_visible: called last; may raise, and nothing is left then.
+    """
     make_directory(path.parent)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -24,6 +30,7 @@ def write(path: Path, chunks: Iterable[Buffer]) -> None:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
+        before_it_is_visible()
         unfinished.replace(path)
     except BaseException as error:
         if isinstance(error, OSError):
@@ -34,12 +41,19 @@ def write(path: Path, chunks: Iterable[Buffer]) -> None:
     sync_directory(path.parent)
 
 
-def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file in one call to the system, so that the lines of two writers stay whole."""
+def append(path: Path, data: bytes, before_it_is_made: Callable[[], None]) -> None:
+    """Add to the end of a file in one call to the system, so that the lines of two writers stay whole.
+
+    Args:
+        path: of the file.
+        data: what is added.
+        before_it_is_made: called before a missing directory is made; may raise.
+    """
     with naming(path):
         try:
             descriptor = os.open(path, _APPENDING, 0o666)
         except FileNotFoundError:
+            before_it_is_made()
             make_directory(path.parent)
             descriptor = os.open(path, _APPENDING, 0o666)
         try:
@@ -47,6 +61,14 @@ def append(path: Path, data: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Write over a file of the same size in its place, which takes no room on a disk that is full."""
+    with naming(path), path.open("r+b") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def delete(path: Path) -> None:

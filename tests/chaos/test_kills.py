@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster_runs import (
@@ -38,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return command.run_dir
 
 
-def digits(directory: Path) -> Path:
+def digits(directory: Path, save_every: int = 20, **cluster: Any) -> Path:
     """The example, logged at each step and saved in the middle of epochs only."""
     return write_run_file(
         directory / "digits.yaml",
@@ -52,10 +53,10 @@ def digits(directory: Path) -> Path:
             "monitor": "val_accuracy",
             "mode": "max",
             "save_every_n_epochs": None,
-            "save_every_n_steps": 20,
+            "save_every_n_steps": save_every,
             "log_every_n_steps": 1,
         },
-        cluster={"num_workers": 2, "name": "digits", "storage_path": str(directory), "max_failures": 3},
+        cluster={"num_workers": 2, "name": "digits", "storage_path": str(directory), "max_failures": 3, **cluster},
     )
 
 
@@ -98,16 +99,20 @@ def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(run_file, undistur
     assert "Traceback" not in output
 
 
-def test_same_command_after_the_driver_was_killed_ends_as_the_undisturbed_one(run_file, undisturbed):
+def test_second_driver_is_refused_and_the_same_command_right_after_a_kill_ends_as_the_undisturbed_one(
+    run_file, undisturbed
+):
     with training(run_file) as command:
+        command.wait_for_step(1)
+        with training(run_file) as second:
+            assert second.wait() == 1, second.output
+            assert f"digits is in use by process {command.pid} of" in second.output
+            assert "--take-over" in second.output
         command.wait_for_step(KILL_AT_STEP)
         command.send(signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
+        finish(run_file)  # while the killed one's workers are still there
         command.wait_until_nothing_is_left()
-    killed_at = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]
-    assert KILL_AT_STEP <= killed_at < STEPS_AN_EPOCH * EPOCHS
-
-    finish(run_file)
 
     assert_resumed_within_an_epoch(command.run_dir, times=1)
     assert_same_run(undisturbed, command.run_dir)
@@ -140,4 +145,22 @@ def test_loss_of_the_link_to_the_driver_does_not_touch_the_run(run_file, undistu
         assert command.wait() == 0, command.output
 
     assert events(command.run_dir, "failure") == []
+    assert_same_run(undisturbed, command.run_dir)
+
+
+def test_workers_go_on_from_memory_and_from_storage_once_memory_is_lost(tmp_path, undisturbed):
+    with training(digits(tmp_path, save_every=40, snapshot_every_n_steps=5)) as command:
+        command.wait_for_step(58)
+        kill(command.worker_pid(1))
+        killed_at = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]
+        command.wait_for_step(killed_at + 20)
+        kill(command.actor_pid("Vault"))
+        kill(command.worker_pid(0))
+        assert command.wait() == 0, command.output
+
+    from_memory, from_storage = events(command.run_dir, "resumed")
+    assert from_memory["tier"] == "memory"
+    assert 0 <= killed_at - from_memory["step"] <= 10  # five steps, and those while the snapshot was on its way
+    assert from_storage["tier"] == "storage"
+    assert from_storage["step"] % 40 == 0
     assert_same_run(undisturbed, command.run_dir)

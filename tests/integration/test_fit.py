@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from ray_trainer import Experiment, TrainingConfig
+from ray_trainer import Experiment, TrainingConfig, load_weights
 from ray_trainer.cluster import ClusterConfig, fit
 from ray_trainer.errors import ConfigError
 
@@ -375,6 +375,18 @@ def test_run_continued_by_fewer_workers_keeps_its_global_batch(grown, two, direc
     assert [call[1:] for call in shrunk.calls[0] if call[0] == "on_step_end"] == [[7, 8], [8, 8], [9, 3]]
     assert shrunk.results["metrics_summary"]["epoch"].tolist() == [0, 1, 2]
     assert_close(newest_checkpoint(shrunk.run_dir), newest_checkpoint(two.run_dir))
+
+
+def test_run_continued_with_a_sharded_model_learns_the_same(grown, two, directory):
+    shutil.copytree(grown.run_dir, directory / "sharded")
+
+    sharded = train(directory, "sharded", num_workers=2, parallelism="fsdp")
+
+    written = newest_checkpoint(sharded.run_dir)
+    assert [event["step"] for event in events(sharded.run_dir, "resumed")] == [6]
+    assert {"model.shard00000.safetensors", "model.shard00001.safetensors"} <= {path.name for path in written.iterdir()}
+    torch.testing.assert_close(load_weights(written), load_weights(newest_checkpoint(two.run_dir)), **CLOSE)
+    assert metric_rows(sharded.run_dir)[-1]["loss"] == pytest.approx(metric_rows(two.run_dir)[-1]["loss"], rel=1e-5)
 
 
 def test_ray_dataset_is_trained_on_as_the_same_samples_from_a_list(grown, directory):

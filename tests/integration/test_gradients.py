@@ -4,9 +4,7 @@ The reference is a hand-written loop in one process. Sums are taken in another o
 with rtol 1e-5 and atol 1e-6 (float32 has 1.2e-7); plain SGD keeps the differences from growing.
 """
 
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from experiments import (
-    FORKSERVER_IMPORTS,
     Diary,
     Network,
     Points,
@@ -26,13 +23,12 @@ from experiments import (
     prepare,
     settings,
 )
+from ranks import on_ranks
 from torch import nn
 from torch.utils.data import Dataset
 
 from ray_trainer import Request, TaskSpec, Trainer, TrainingConfig
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(FORKSERVER_IMPORTS)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LM = TaskSpec("sentences", "lm", input_fields=["input_ids", "attention_mask"], special_tokens={"pad_token_id": 0})
 LAYOUTS = {  # (processes, micro-batches of each, samples in each): always 8 samples a step
@@ -119,37 +115,6 @@ def poison_and_train(run_dir: Path, bad_rank_only: bool) -> str:
     except RuntimeError as error:
         return type(error).__name__
     return "nothing was raised"
-
-
-def in_rank(rank: int, port: int, world_size: int, answer: Path, work: Any, arguments: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    if world_size > 1:
-        torch.distributed.init_process_group("gloo")
-    torch.save(work(*arguments), answer)
-    if world_size > 1:
-        torch.distributed.destroy_process_group()
-
-
-def on_ranks(world_size: int, work: Any, run_dir: Path, *arguments: Any) -> list[Any]:
-    """What a function returned on each of some processes that talk over gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = [run_dir.with_name(f"{run_dir.name}-{rank}.pt") for rank in range(world_size)]
-    processes = [
-        PROCESSES.Process(target=in_rank, args=(rank, port, world_size, answer, work, (run_dir, *arguments)))
-        for rank, answer in enumerate(answers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    codes = [process.exitcode for process in processes]  # None for a rank that hangs
-    for process in processes:
-        process.kill()
-    assert codes == [0] * world_size
-    return [torch.load(answer, weights_only=False) for answer in answers]
 
 
 def by_hand(model: nn.Module, batches: list[Any], loss_sum: Any, epochs: int = 2) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import math
 
 from ray_trainer.cli.runfile import RunFile
 from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.sweep_config import SweepConfig
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.schema import Section
 
@@ -29,6 +30,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
                 "gradient_accumulation_steps",
                 "keep_last_n",
                 "max_consecutive_bad_steps",
+                "max_failed_saves",
                 "log_every_n_steps",
             ],
             COUNT,
@@ -55,9 +57,23 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         "betas": ([0.9, "0.9", (0.9,), (0.9, 0.9, 0.9), (True, 0.9), None], [(0.9, 1.0), (-0.1, 0.9)]),
         "momentum": ([True, "0.9", None], [1, -0.1]),
         **dict.fromkeys(["max_grad_norm", "gradient_explosion_threshold", "save_every_minutes"], OPTIONAL_POSITIVE),
-        **dict.fromkeys(["warmup_ratio", "decay_ratio", "min_lr_ratio"], RATIO),
+        **dict.fromkeys(["warmup_ratio", "decay_ratio", "min_lr_ratio", "max_bad_ratio"], RATIO),
         "validation_split": ([True, "0.1", math.nan, None], [-0.1, 0.51]),
-        **dict.fromkeys(["optimizer", "lr_scheduler_type", "precision", "mode"], CHOICE),
+        **dict.fromkeys(
+            [
+                "optimizer",
+                "lr_scheduler_type",
+                "precision",
+                "mode",
+                "on_data_change",
+                "on_bad_data",
+                "overlapping_saves",
+                "parallelism",
+            ],
+            CHOICE,
+        ),
+        "save_interval": ([True, 3], ["often", ""]),
+        "save_budget": ([True, "0.1", math.nan, None], [0, -0.1, 1.1]),
         "compile_mode": ([True, 3], ["fast", ""]),
         **dict.fromkeys(["use_amp", "compile_dynamic"], OPTIONAL_FLAG),
         **dict.fromkeys(
@@ -85,6 +101,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         "address": ([3, True], ["", "here", "ray://head:10001", "http://head:8265", "head:", "head:port"]),
         "placement_strategy": CHOICE,
         "torch_threads_per_worker": OPTIONAL_COUNT,
+        "snapshot_every_n_steps": OPTIONAL_COUNT,
         "collective_timeout_s": POSITIVE,
     },
     RunFile: {
@@ -92,7 +109,28 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         "model": ([3, "a", None, ["a"]], []),
         "training": ([3, "a", None, ["a"]], []),
         "cluster": ([3, "a", None, ["a"]], []),
-        "sweep": ([3, "a", ["a"]], []),
+        "sweep": ([3, "a", None, ["a"]], []),
+    },
+    SweepConfig: {
+        "space": (
+            [3, "a", None, ["a"]],
+            [
+                {"learning_rate": {"uniform": [0, 1]}},
+                {"model.width": {"choise": [1]}},
+                {"model.width": {"choice": []}},
+                {"model.width": {"choice": [1], "grid": [1]}},
+            ],
+        ),
+        **dict.fromkeys(["search", "scheduler"], CHOICE),
+        "mode": ([True, 3], ["no such choice", ""]),
+        **dict.fromkeys(["num_samples", "grace_period", "min_trials", "perturbation_interval"], COUNT),
+        "metric": ([3, True], [""]),
+        "reduction_factor": ([True, "3", math.nan, None], [1, 0.5]),
+        "quantile_fraction": ([True, "0.1", math.nan, None], [0, 0.51]),
+        "resample_probability": RATIO,
+        "max_concurrent_trials": OPTIONAL_COUNT,
+        "time_budget": ([True, math.nan, [1]], [0, -1.0, "90", "1:2", "00:60:00"]),
+        "seed": COUNT_OR_ZERO,
     },
 }
 REQUIRED = {RunFile: {"experiment": "digits.py:experiment"}}

@@ -14,6 +14,7 @@ from section_cases import CASES, FIELDS
 from ray_trainer.cli.config import add_parser, run_file_schema
 from ray_trainer.cli.runfile import RunFile, load_run_file
 from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.sweep_config import SweepConfig
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import parse_value
 from ray_trainer.config.overrides import split_overrides
@@ -26,7 +27,7 @@ def build_datasets(model_config, training_config): ...
 experiment = Experiment(build_model=build_model, build_datasets=build_datasets)
 """
 RUN = "experiment: config_case.py:experiment\n"
-SECTIONS = {TrainingConfig: "training", ClusterConfig: "cluster"}
+SECTIONS = {TrainingConfig: "training", ClusterConfig: "cluster", SweepConfig: "sweep"}
 # Rules over several values, and 2.0, which is an integer to JSON Schema.
 BEYOND_SCHEMA = [(3, 2), {"cpu": 1}, {"GPU": 1}, {"": 1}, 2.0]
 
@@ -99,7 +100,7 @@ def test_schema_describes_and_closes_every_section():
     schema = run_file_schema()
 
     assert schema["additionalProperties"] is False
-    for name in ("TrainingConfig", "ClusterConfig"):
+    for name in ("TrainingConfig", "ClusterConfig", "SweepConfig"):
         section = schema["$defs"][name]
         assert section["additionalProperties"] is False
         assert all(field["description"] for field in section["properties"].values())

@@ -6,6 +6,7 @@ import pytest
 
 from ray_trainer.cli.runfile import load_run_file, resolved
 from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.sweep_config import SweepConfig
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import dump_yaml
 from ray_trainer.errors import ConfigError
@@ -45,7 +46,7 @@ def test_run_file_fills_all_sections(write):
     assert run.model == {"width": 128, "inner": {"a": 1}}
     assert run.training == TrainingConfig(epochs=5, learning_rate=0.0003)
     assert run.cluster == ClusterConfig(num_workers=(1, 2), name="digits")
-    assert run.sweep is None
+    assert run.sweep == SweepConfig()
 
 
 @pytest.mark.parametrize("section", ["model", "training", "cluster", "sweep"])

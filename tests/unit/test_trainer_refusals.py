@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from experiments import POINTS, Network, Points, settings
+from experiments import POINTS, Network, Points, everything_in, settings
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -208,13 +208,13 @@ def test_resume_with_another_model_is_refused_and_both_sides_are_listed(tmp_path
             self.extra = nn.Linear(2, 2)
 
     Trainer(Network(), SimpleNamespace(), settings(tmp_path, max_steps=2), POINTS).train(Points(9))
-    files = sorted(path for path in tmp_path.rglob("*"))
+    files = everything_in(tmp_path)
     other = Trainer(Deeper(), SimpleNamespace(), settings(tmp_path), POINTS)
 
     with pytest.raises((ValueError, RuntimeError), match=r"extra\.weight"):
         other.train(Points(9), resume_from="auto")
 
-    assert sorted(path for path in tmp_path.rglob("*")) == files
+    assert everything_in(tmp_path) == files
 
 
 def test_model_without_trainable_parameters_is_refused(run_dir):
@@ -272,11 +272,11 @@ def test_model_whose_output_cannot_be_read_is_refused(run_dir, output):
 
 def test_run_is_not_continued_with_another_optimizer(run_dir):
     Trainer(Network(), SimpleNamespace(), settings(run_dir, optimizer="adamw"), POINTS).train(Points(12))
-    before = sorted(run_dir.rglob("*"))
+    before = everything_in(run_dir)
 
     with pytest.raises(ValueError, match="optimizer was 'adamw' and is 'sgd'"):
         Trainer(Network(), SimpleNamespace(), settings(run_dir, optimizer="sgd", epochs=9), POINTS).train(
             Points(12), resume_from="auto"
         )
 
-    assert sorted(run_dir.rglob("*")) == before
+    assert everything_in(run_dir) == before

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from experiments import assert_same, carry_out, checkpoints, events, metric_rows, prepare, run
+from experiments import assert_same, carry_out, checkpoints, events, everything_in, metric_rows, prepare, run
 
 from ray_trainer import load_weights
 
@@ -107,13 +107,13 @@ def test_start_from_an_older_checkpoint_moves_the_later_ones_aside(tmp_path):
 
 def test_fresh_start_in_a_used_directory_moves_the_earlier_run_aside_and_loses_nothing(tmp_path):
     first = run(tmp_path)
-    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    files = everything_in(tmp_path)
 
     second = run(tmp_path, None)
 
     moved = tmp_path / "previous_01"
     assert_same(second, first)
-    assert {path.relative_to(moved) for path in moved.rglob("*") if path.is_file()} == files
+    assert everything_in(moved) == files
     assert metric_rows(moved) == first.rows
     assert_same(dict(load_weights(moved / checkpoints(moved)[-1])), first.weights)
     assert events(tmp_path, "run_started")

@@ -1,0 +1,176 @@
+"""``ray-trainer status``: where a run is, from its files alone, so also for one that runs elsewhere."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+from ray_trainer.checkpoint import list_checkpoints
+from ray_trainer.checkpoint.catalog import open_storage
+from ray_trainer.cli.checkpoints import best_and_newest
+from ray_trainer.cli.commands import Subparsers, add_command
+from ray_trainer.cli.output import print_json, print_table, readable_age
+from ray_trainer.config.documents import parse_value
+from ray_trainer.errors import ConfigError
+from ray_trainer.metrics import read_events, read_rows
+from ray_trainer.metrics.goodput import goodput
+from ray_trainer.storage import Storage
+
+SILENT_AFTER_S = 120.0  # at least; and five times the longest pause between two signs of life so far
+_STYLES = {"training": "green", "finished": "bold green", "stopped": "yellow", "failing": "bold red", "silent": "red"}
+_NO_METRICS = ("step", "epoch", "split", "time", "non_finite", "samples_per_s", "data_wait_s")
+
+Row = dict[str, Any]
+
+
+def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+    """Add ``status``."""
+    parser = add_command(
+        subparsers,
+        "status",
+        help="tell where a run is, also one that runs elsewhere: reads its files, asks no cluster",
+        examples="ray-trainer status runs/digits\nray-trainer status runs/digits --json",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run directory, a path or a URI")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out ``status``.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    status = run_status(open_storage(args.run_dir), time.time())
+    if args.json:
+        print_json(status)
+    else:
+        print_table(("run", status["run_dir"]), [line for line in _lines(status) if line[1]], _STYLES)
+    return 0
+
+
+def run_status(run: Storage, now: float) -> Row:
+    """What the files of a run tell; plain values, ages as of ``now`` in UNIX seconds.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    events, rows = read_events(run), read_rows(run, "metrics.jsonl")
+    if not events:
+        raise ConfigError(f"{run.uri} is no run directory: it has no events.jsonl. Name storage_path/name of a run.")
+    seen_at = max(float(item["time"]) for item in (*events, *rows) if "time" in item)
+    state = _state(events, rows, now - seen_at)
+    records = list_checkpoints(run)
+    best, newest = best_and_newest(records)
+    spent = goodput(events, until=seen_at if state == "training" else None)
+    return {
+        "run_dir": run.uri,
+        "state": state,
+        **_place(run, events, rows),
+        "silent_s": max(0.0, now - seen_at),
+        "last_seen": seen_at,
+        "num_checkpoints": len(records),
+        "newest_checkpoint": newest and newest.name,
+        "newest_checkpoint_step": newest and newest.step,
+        "newest_checkpoint_age_s": newest and max(0.0, now - newest.time),
+        "best_checkpoint": best and best.name,
+        **_history(events),
+        "goodput": {"ratio": spent.ratio, "total_s": spent.total_s, **asdict(spent)},
+    }
+
+
+def _state(events: Sequence[Row], rows: Sequence[Row], silent_s: float) -> str:
+    """``training``, ``finished``, ``stopped``, ``failing`` or ``silent``."""
+    last = [event["event"] for event in events if event["event"] not in ("checkpoint_saved", "checkpoint_rejected")][-1]
+    if last in ("run_finished", "interrupted"):
+        return "finished" if last == "run_finished" else "stopped"
+    if silent_s > max(SILENT_AFTER_S, 5 * _longest_pause(events, rows)):
+        return "silent"
+    return "failing" if last == "failure" else "training"
+
+
+def _longest_pause(events: Sequence[Row], rows: Sequence[Row]) -> float:
+    """Between two signs of life of the newest attempt."""
+    begun = max((float(event["time"]) for event in events if event["event"] == "workers_started"), default=0.0)
+    times = sorted(float(item["time"]) for item in (*events, *rows) if float(item.get("time", 0.0)) >= begun)
+    return max((after - before for before, after in pairwise(times)), default=0.0)
+
+
+def _place(run: Storage, events: Sequence[Row], rows: Sequence[Row]) -> Row:
+    """How far it is and how fast it goes."""
+    train = [row for row in rows if row.get("split") == "train"]
+    val = [row for row in rows if row.get("split") == "val"]
+    known = [item for item in (*events, *rows) if "step" in item]
+    newest = max(known, key=lambda item: (float(item["time"]), item["step"]), default={})
+    training = parse_value(run.read("run.yaml").decode())["training"] if run.exists("run.yaml") else {}
+    return {
+        "step": newest.get("step"),
+        "max_steps": training.get("max_steps"),
+        "epoch": newest.get("epoch"),
+        "epochs": training.get("epochs"),
+        "samples_per_s": train[-1].get("samples_per_s") if train else None,
+        "train": _metrics(train),
+        "val": _metrics(val),
+    }
+
+
+def _metrics(rows: Sequence[Row]) -> Row:
+    return {name: value for name, value in rows[-1].items() if name not in _NO_METRICS} if rows else {}
+
+
+def _history(events: Sequence[Row]) -> Row:
+    starts = [event for event in events if event["event"] == "workers_started"]
+    failures = [event for event in events if event["event"] == "failure"]
+    return {
+        "started": float(events[0]["time"]),
+        "num_workers": starts[-1].get("num_workers") if starts else None,
+        "attempts": max(int(event.get("attempt", 0)) for event in events),
+        "failures": len(failures),
+        "last_failure": failures[-1].get("cause") if failures else None,
+        "skipped_steps": sum(event["event"] == "step_skipped" for event in events),
+        "rejected_checkpoints": sum(event["event"] == "checkpoint_rejected" for event in events),
+    }
+
+
+def _lines(status: Row) -> list[tuple[str, str]]:
+    """As a person reads it; what is not known is empty."""
+    spent = status["goodput"]
+    speed = status["samples_per_s"]
+    saved = status["newest_checkpoint"]
+    return [
+        ("state", status["state"]),
+        ("last sign of life", f"{readable_age(status['silent_s'])} ago"),
+        ("step", _of(status["step"], status["max_steps"])),
+        ("epoch", "" if status["epoch"] is None else _of(status["epoch"] + 1, status["epochs"])),
+        ("training", _numbers(status["train"])),
+        ("validation", _numbers(status["val"])),
+        ("speed", "" if speed is None else f"{speed:,.0f} samples/s"),
+        ("workers", _text(status["num_workers"])),
+        ("newest checkpoint", saved and f"{saved}, {readable_age(status['newest_checkpoint_age_s'])} old"),
+        ("best checkpoint", status["best_checkpoint"] or ""),
+        ("attempts", _text(status["attempts"])),
+        ("failures", _text(status["failures"])),
+        ("last failure", status["last_failure"] or ""),
+        ("goodput", "" if spent["ratio"] is None else f"{spent['ratio']:.1%} of {readable_age(spent['total_s'])}"),
+        ("lost to", _losses(spent)),
+    ]
+
+
+def _losses(spent: Row) -> str:
+    named = (("checkpoints", "checkpoint_s"), ("repeated steps", "lost_s"), ("being down", "down_s"))
+    return ", ".join(f"{name} {readable_age(spent[key])}" for name, key in named if spent[key] >= 0.5)
+
+
+def _of(count: int | None, total: int | None) -> str:
+    return "" if count is None else f"{count} of {total}" if total else str(count)
+
+
+def _numbers(values: Row) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, int | float))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,160 @@
+"""A directory of files that is whole or nothing: its files, then one that says what they are, written last.
+
+Nothing here needs torch: it also runs in the process beside a training.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import xxhash
+
+from ray_trainer.errors import CheckpointError
+from ray_trainer.storage.directory import Storage
+from ray_trainer.storage.local import Buffer
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 16 << 20
+
+
+class WrittenFile(NamedTuple):
+    """What was written.
+
+    Attributes:
+        size: in bytes.
+        xxh3_128: checksum of the content, hexadecimal.
+    """
+
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class FileInMemory:
+    """The content of a file, at a place of a memory that is shared."""
+
+    name: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class WriteFiles:
+    """A job: bring files from memory to storage; returns what was written, by name."""
+
+    directory: Storage
+    files: tuple[FileInMemory, ...]
+
+    def __call__(self, memory: memoryview) -> dict[str, WrittenFile]:
+        """Write them, each whole or not at all; those already written stay where one fails."""
+        return {file.name: self._write(file, memory) for file in self.files}
+
+    def _write(self, file: FileInMemory, memory: memoryview) -> WrittenFile:
+        content = memory[file.offset : file.offset + file.size_bytes]
+        starts = range(0, len(content), _CHUNK_BYTES)
+        return write_hashed(
+            self.directory, file.name, lambda: (content[start : start + _CHUNK_BYTES] for start in starts)
+        )
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A job: declare a directory whole, then let go of others.
+
+    Attributes:
+        run: where the directories are.
+        name: of the directory.
+        sizes: of the files that have to be in it, in bytes.
+        manifest: name and content of the file that is written last.
+        obsolete: directories that are deleted once this one is whole.
+    """
+
+    run: Storage
+    name: str
+    sizes: dict[str, int]
+    manifest: tuple[str, bytes]
+    obsolete: tuple[str, ...] = ()
+
+    def __call__(self, memory: memoryview | None = None) -> "Sealed":
+        """Write the manifest.
+
+        Raises:
+            CheckpointError: a file is missing or has another size.
+        """
+        directory = self.run.child(self.name)
+        if problems := [text for name, size in self.sizes.items() if (text := _problem(directory, name, size))]:
+            raise CheckpointError(
+                f"Files that were written are not there: {'; '.join(problems)}. "
+                f"Is {self.run.uri} the same storage on every node?"
+            )
+        directory.sync()
+        name, content = self.manifest
+        directory.write(name, content)
+        at_s = time.time()
+        return Sealed(at_s, tuple(each for each in self.obsolete if self._discard(each)))
+
+    def _discard(self, name: str) -> bool:
+        try:
+            discard(self.run, name, self.manifest[0])
+        except OSError as error:
+            logger.warning("Checkpoint %s could not be deleted: %s", name, error)
+            return False
+        return True
+
+
+class Sealed(NamedTuple):
+    """What came of a `Seal`.
+
+    Attributes:
+        at_s: when the directory was whole, UNIX seconds.
+        deleted: which directories are gone.
+    """
+
+    at_s: float
+    deleted: tuple[str, ...]
+
+
+def write_hashed(directory: Storage, name: str, chunks: Callable[[], Iterator[Buffer]]) -> WrittenFile:
+    """Write one file whole or not at all, hashing it on its way."""
+    content = _Hashed(chunks)
+    directory.write_chunks(name, content)
+    return WrittenFile(content.size_bytes, content.digest.hexdigest())
+
+
+def discard(run: Storage, name: str, manifest_name: str) -> None:
+    """Delete a directory, its manifest first: half of one that is being deleted is never taken for whole."""
+    directory = run.child(name)
+    if not directory.exists():
+        return
+    if directory.exists(manifest_name):
+        directory.delete(manifest_name)
+        directory.sync()
+    run.delete(name)
+
+
+class _Hashed:
+    """A file's content, hashed as it is read; starts again if a storage that retries reads it again."""
+
+    def __init__(self, chunks: Callable[[], Iterator[Buffer]]) -> None:
+        self._chunks = chunks
+        self.digest = xxhash.xxh3_128()
+        self.size_bytes = 0
+
+    def __iter__(self) -> Iterator[Buffer]:
+        self.digest.reset()
+        self.size_bytes = 0
+        for chunk in self._chunks():
+            self.digest.update(chunk)
+            self.size_bytes += len(chunk)
+            yield chunk
+
+
+def _problem(directory: Storage, name: str, expected: int) -> str | None:
+    try:
+        size = directory.size(name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    return None if size == expected else f"{name} has {size} bytes instead of {expected}"

@@ -1,0 +1,49 @@
+"""A memory beside storage that keeps the newest snapshot of a run."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_trainer.storage.sealing import FileInMemory
+
+
+@dataclass(frozen=True)
+class SnapshotPart:
+    """What one rank adds to a snapshot.
+
+    Attributes:
+        key: (attempt, step): which snapshot; the greatest is the newest.
+        rank: whose part it is.
+        num_parts: of the whole snapshot.
+        manifest: of the checkpoint, with no files in it; empty on other ranks than 0.
+        files: where each file lies in the content, and its checksum.
+    """
+
+    key: tuple[int, int]
+    rank: int
+    num_parts: int
+    manifest: bytes
+    files: tuple[tuple[FileInMemory, str], ...]
+
+
+class SnapshotStore(Protocol):
+    """Memory that outlives the workers. It keeps the newest complete snapshot, and the parts of the next.
+
+    Whatever cannot be reached raises ``OSError``.
+
+    Attributes:
+        every_n_steps: how often a snapshot is wanted.
+    """
+
+    every_n_steps: int
+
+    def put(self, part: SnapshotPart, content: NDArray[np.uint8]) -> None:
+        """Keep a part; returns once it does not depend on this process any more."""
+
+    def newest(self) -> list[SnapshotPart] | None:
+        """The parts of the newest complete snapshot, in rank order."""
+
+    def content(self, part: SnapshotPart) -> NDArray[np.uint8]:
+        """The bytes of a part."""

@@ -1,0 +1,237 @@
+"""Checkpoints that are written by a process beside training: the same result, and nothing lost with that process."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from experiments import assert_same, carry_out, checkpoints, events, prepare, run
+from safetensors.torch import load_file
+
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, manager, verify
+from ray_trainer.checkpoint.arena import Arena
+from ray_trainer.errors import CheckpointError
+from ray_trainer.storage import Storage
+from ray_trainer.storage.beside import ProcessBeside
+from ray_trainer.storage.sealing import FileInMemory, WriteFiles
+
+STEPS = {"save_every_n_steps": 1, "save_every_n_epochs": None}
+
+
+@pytest.fixture
+def everything_beside(monkeypatch):
+    """However small it is."""
+    monkeypatch.setattr(manager, "SMALL_BYTES", 0)
+
+
+@pytest.fixture
+def process():
+    arena = Arena(100)
+    arena.memory[:100] = torch.arange(100, dtype=torch.uint8)
+    beside = ProcessBeside(arena.descriptor)
+    yield beside
+    beside.close()
+    arena.close()
+
+
+def big_state(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((2_000_000,), value)}}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_files_are_written_from_memory_with_their_checksums(tmp_path, process):
+    process.submit(
+        WriteFiles(
+            Storage.open(tmp_path), (FileInMemory("a", 10, 5), FileInMemory("b", 0, 0), FileInMemory("c", 64, 36))
+        )
+    )
+    written = process.result()
+
+    assert (tmp_path / "a").read_bytes() == bytes(range(10, 15))
+    assert (tmp_path / "b").read_bytes() == b""
+    assert (tmp_path / "c").read_bytes() == bytes(range(64, 100))
+    assert {name: file.size for name, file in written.items()} == {"a": 5, "b": 0, "c": 36}
+
+
+def test_job_that_fails_raises_where_its_result_is_collected_and_the_next_one_works(tmp_path, process):
+    (tmp_path / "file").touch()
+    process.submit(WriteFiles(Storage.open(tmp_path / "file"), (FileInMemory("a", 0, 1),)))
+    with pytest.raises(OSError, match="file"):
+        process.result()
+
+    process.submit(WriteFiles(Storage.open(tmp_path), (FileInMemory("a", 0, 1),)))
+    assert process.result().keys() == {"a"}
+
+
+def test_process_that_was_killed_is_an_error_of_the_job(tmp_path, process):
+    os.kill(process.pid, signal.SIGSTOP)
+    process.submit(WriteFiles(Storage.open(tmp_path), (FileInMemory("a", 0, 1),)))
+    os.kill(process.pid, signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match="exit code -9"):
+        process.result()
+
+
+def test_process_leaves_signals_to_the_training_and_ends_when_it_is_closed(tmp_path, process):
+    process.submit(WriteFiles(Storage.open(tmp_path), (FileInMemory("a", 0, 1),)))
+    process.result()
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+    process.submit(WriteFiles(Storage.open(tmp_path), (FileInMemory("b", 0, 1),)))
+    assert process.result().keys() == {"b"}
+
+    process.close()
+
+    assert not is_running(process.pid)
+
+
+def test_process_ends_with_a_training_that_is_killed(tmp_path):
+    script = """
+        import os, sys, torch
+        from ray_trainer.checkpoint.arena import Arena
+        from ray_trainer.storage.beside import ProcessBeside
+        beside = ProcessBeside(Arena(1).descriptor)
+        print(beside.pid, flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
+        pid = int(training.stdout.readline())
+        assert is_running(pid)
+        training.kill()
+        training.wait(10)
+        deadline = time.monotonic() + 10
+        while is_running(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not is_running(pid)
+
+
+def test_process_beside_needs_no_torch():
+    code = "import sys, ray_trainer.storage.beside, ray_trainer.storage.sealing; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_snapshot_is_of_the_moment_it_was_taken_whatever_training_does_meanwhile(tmp_path):
+    checkpoints_of = CheckpointManager(tmp_path)
+    state = big_state(1.0)
+    commit = checkpoints_of.begin(state, {}, CheckpointMeta(epoch=0, step=1))
+    state["model"]["w"].fill_(2.0)
+
+    record = checkpoints_of.finish(commit)
+    checkpoints_of.close()
+
+    assert not commit.is_immediate
+    assert verify(tmp_path, record.name) == []
+    weights = load_file(tmp_path / record.name / "model.safetensors")["w"]
+    assert torch.equal(weights, torch.ones(2_000_000))
+    assert 0 < commit.stall_s < commit.durable_s
+
+
+def test_snapshots_that_grow_and_shrink_reuse_or_replace_the_memory(tmp_path):
+    checkpoints_of = CheckpointManager(tmp_path, keep_last_n=2, keep_best_k=0)
+    for step, size in enumerate([2_000_000, 3_000_000, 1_500_000, 3_000_000], start=1):
+        state = {"model": {"w": torch.full((size,), float(step)), "odd": torch.ones(3, dtype=torch.int8)}}
+        record = checkpoints_of.finish(checkpoints_of.begin(state, {}, CheckpointMeta(epoch=0, step=step)))
+        assert verify(tmp_path, record.name) == []
+    checkpoints_of.close()
+
+    assert [record.step for record in checkpoints_of.records()] == [3, 4]
+    assert checkpoints(tmp_path) == [record.name for record in checkpoints_of.records()]
+
+
+def test_checkpoint_whose_writer_was_killed_fails_and_the_next_one_is_whole(tmp_path):
+    checkpoints_of = CheckpointManager(tmp_path)
+    checkpoints_of.finish(checkpoints_of.begin(big_state(0.0), {}, CheckpointMeta(epoch=0, step=1)))
+    writer = checkpoints_of._background._process.pid
+    os.kill(writer, signal.SIGSTOP)
+    commit = checkpoints_of.begin(big_state(1.0), {}, CheckpointMeta(epoch=0, step=2))
+    os.kill(writer, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="exit code -9"):
+        checkpoints_of.finish(commit)
+
+    record = checkpoints_of.finish(checkpoints_of.begin(big_state(2.0), {}, CheckpointMeta(epoch=0, step=3)))
+    checkpoints_of.close()
+
+    assert [int(name[-8:]) for name in checkpoints(tmp_path)] == [1, 3]
+    assert verify(tmp_path, record.name) == []
+
+
+def test_run_saved_beside_training_equals_one_saved_at_once(tmp_path, everything_beside, monkeypatch):
+    beside = run(tmp_path / "beside", overlapping_saves="wait", **STEPS)
+    monkeypatch.undo()
+
+    at_once = run(tmp_path / "at once", **STEPS)
+
+    assert_same(beside, at_once)
+    assert checkpoints(tmp_path / "beside") == checkpoints(tmp_path / "at once")
+    saved = events(tmp_path / "beside", "checkpoint_saved")
+    assert [row["step"] for row in saved] == list(range(1, 11))
+    assert all(row["stall_s"] < row["durable_s"] for row in saved)
+
+
+def test_run_broken_off_and_continued_with_writing_beside_it_ends_the_same(tmp_path, everything_beside):
+    whole = run(tmp_path / "whole", **STEPS)
+    for step in (3, 7):
+        broken = prepare(tmp_path / "broken", **STEPS)
+        broken.diary.act("on_step_end", step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            carry_out(broken)
+
+    assert_same(run(tmp_path / "broken", **STEPS), whole)
+    assert [row["step"] for row in events(tmp_path / "broken", "resumed")] == [4, 8]
+
+
+def test_save_that_comes_too_early_is_skipped_and_told_and_the_last_one_is_never_skipped(tmp_path, everything_beside):
+    prepared = prepare(tmp_path, size=43, **STEPS)
+    stopped: list[int] = []
+
+    def stop_writer() -> None:
+        stopped.append(prepared.trainer.checkpoint_manager._background._process.pid)
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    def go_on() -> None:
+        os.kill(stopped[0], signal.SIGCONT)
+
+    prepared.diary.on_call = lambda name, count: {("on_step_end", 2): stop_writer, ("on_step_end", 8): go_on}.get(
+        (name, count), lambda: None
+    )()
+    carry_out(prepared)
+
+    skipped = events(tmp_path, "checkpoint_skipped")
+    assert len(skipped) >= 1  # once for each checkpoint that another one would have overtaken
+    assert 2 <= skipped[0]["step"] <= 8
+    assert "is still being written" in skipped[0]["reason"]
+    saved = [row["step"] for row in events(tmp_path, "checkpoint_saved")]
+    assert not {4, 5, 6, 7} & set(saved)
+    assert saved[-1] == prepared.trainer.progress.step
+
+
+def test_save_that_fails_again_and_again_ends_the_run_only_after_the_configured_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_trainer.saving._FIRST_RETRY_S", 0.0)
+    prepared = prepare(tmp_path, max_failed_saves=3, **STEPS)
+
+    class Refusing(Storage):
+        def write_chunks(self, name, chunks):
+            if "step0000000" in self.path and int(self.path[-8:]) > 2:
+                raise OSError(5, "Input/output error", self.path)
+            super().write_chunks(name, chunks)
+
+    prepared.trainer.checkpoint_manager.storage.__class__ = Refusing
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        carry_out(prepared)
+
+    assert [row["step"] for row in events(tmp_path, "checkpoint_failed")] == [3, 4, 5]
+    monkeypatch.undo()
+    assert_same(run(tmp_path, **STEPS), run(tmp_path.with_name("whole"), **STEPS))
