@@ -8,7 +8,6 @@ machine that trains for itself, the group of a trial that was killed would stay,
 
 from typing import Any
 
-from ray._private.worker import Worker
 from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -33,12 +32,3 @@ class GroupRecorder(WorkerGroupCallback):
 def free_group(group: str) -> None:
     """Remove a placement group and what runs in it; one that is gone is fine."""
     remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
-
-
-def leave_group() -> None:
-    """Let what this process starts in Ray find resources of its own, outside of the group that the process is in.
-
-    Tune puts each trial into a group and has it start everything in there, which Ray cannot be told otherwise from
-    inside; a trial reserves nothing, so the tasks that read its data would not fit in.
-    """
-    Worker.should_capture_child_tasks_in_placement_group = property(lambda worker: False)

@@ -166,7 +166,8 @@ class Overseer(tune.Callback):
                 case {"event": "message", "text": text}:
                     self._display.message(text)
                 case {"event": "trial_took_over", "trial": name, "donor": donor, "settings": settings}:
-                    self._ledger.record(**event)
+                    before = self._ledger.trials[name].settings
+                    self._ledger.record(**event, before=before)
                     values = ", ".join(f"{key} {_number(value)}" for key, value in settings.items())
                     self._display.message(f"{name} takes over {donor} at step {event['step']}, with {values}")
                 case {"event": "trial_progress", "trial": name, "progress": progress}:

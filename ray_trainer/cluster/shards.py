@@ -261,7 +261,8 @@ class _Packer:
             ray.wait([self._facts[-1 - _PACKING_AT_ONCE]], fetch_local=False)
 
 
-@ray.remote(num_returns=2)  # type: ignore[untyped-decorator]
+# "DEFAULT" is not the default: without it, a trial's tasks have to fit into the group of the trial, which has no CPU
+@ray.remote(num_returns=2, scheduling_strategy="DEFAULT")  # type: ignore[untyped-decorator]
 def _make_pack(
     first_row: int, segments: list[Segment], policy: BadDataPolicy, *blocks: Any
 ) -> tuple[Pack, tuple[Digest, list[Finding]]]:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import LeaseLostError
 from ray_trainer.storage import NO_FENCE, Storage
 from ray_trainer.storage.lease import holding
-from ray_trainer.storage.patience import PATIENT
+from ray_trainer.storage.patience import PATIENT, Patience
 
 T = TypeVar("T")
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: Ray's list of checkpoints in the run's directory.
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+_MIRROR_PATIENCE = Patience(limit_s=1.0)
+_MIRROR_PAUSE_S = 60.0
 
 
 class RunFiles(pafs.FileSystemHandler):
@@ -45,6 +48,7 @@ class RunFiles(pafs.FileSystemHandler):
     def __init__(self, run: Storage) -> None:
         self._run = run
         self._inner: Any = run.filesystem
+        self._mirror_again_at_s = float("-inf")
 
     def __eq__(self, other: object) -> bool:
         """See the class."""
@@ -99,7 +103,7 @@ class RunFiles(pafs.FileSystemHandler):
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:  # noqa: D102
         if path == f"{self._run.path.rstrip('/')}/{SNAPSHOT}":
-            return pa.PythonFile(_Mirror(self._run), mode="w")
+            return pa.PythonFile(_Mirror(self._write_mirror), mode="w")
         return self._change(lambda: self._inner.open_output_stream(path, metadata=metadata), path)
 
     def open_append_stream(self, path: str, metadata: Any) -> Any:  # noqa: D102
@@ -107,6 +111,20 @@ class RunFiles(pafs.FileSystemHandler):
 
     def normalize_path(self, path: str) -> str:  # noqa: D102
         return str(self._inner.normalize_path(path))
+
+    def _write_mirror(self, data: bytes) -> None:
+        """Write Ray's list, unless that failed a moment ago: the controller has better things to wait for."""
+        if time.monotonic() < self._mirror_again_at_s:
+            return
+        try:
+            self._run.with_patience(_MIRROR_PATIENCE).write(SNAPSHOT, data)
+        except (OSError, LeaseLostError) as error:
+            self._mirror_again_at_s = time.monotonic() + _MIRROR_PAUSE_S
+            logger.warning("Ray's list of checkpoints can't be written; the next start rebuilds it: %s", error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what has a meaning on this machine only."""
+        return {**self.__dict__, "_mirror_again_at_s": float("-inf")}
 
     def _try(self, action: Callable[[], T], what: str) -> T:
         return PATIENT.attempt(action, what)
@@ -204,19 +222,15 @@ def _is_accepted(run: Storage) -> bool:
 
 
 class _Mirror(io.BytesIO):
-    """Ray's list on its way: whole or not at all, and no reason to end a run."""
+    """Ray's list on its way: what becomes of it is known when it is whole."""
 
-    def __init__(self, run: Storage) -> None:
+    def __init__(self, write: Callable[[bytes], None]) -> None:
         super().__init__()
-        self._run = run
+        self._write = write
 
     def close(self) -> None:
-        """Write it."""
-        if self.closed:
-            return
-        data = self.getvalue()
-        super().close()
-        try:
-            self._run.write(SNAPSHOT, data)
-        except (OSError, LeaseLostError) as error:
-            logger.warning("Ray's list of checkpoints could not be written; it is rebuilt at the next start: %s", error)
+        """Pass it on, once."""
+        if not self.closed:
+            data = self.getvalue()
+            super().close()
+            self._write(data)

@@ -14,7 +14,7 @@ from ray.tune import Trainable
 
 from ray_trainer.checkpoint import CheckpointRecord, list_checkpoints
 from ray_trainer.cluster.events import tell
-from ray_trainer.cluster.groups import RESERVED, leave_group
+from ray_trainer.cluster.groups import RESERVED
 from ray_trainer.cluster.launch import fit_watched
 from ray_trainer.cluster.sweep_job import SweepJob
 from ray_trainer.cluster.takeover import TOOK_OVER, Note, Offer, offer, same_decision, take_over
@@ -37,7 +37,6 @@ class TrialDriver(Trainable):
         """Called by Tune in a new process."""
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)  # what matters is an event of ours
-        leave_group()
         self._job = job
         self._trial = self._open(config)
 
@@ -103,14 +102,12 @@ class TrialRun:
         proposal = Offer(**offered)
         if proposal.donor == self._name or same_decision(self._note, proposal.place, self._planned):
             return
-        before = self._settings
         self._note = take_over(self._run, Note(proposal, self._planned))
         self._reported_step, self._history = proposal.step, iter(())
         self._watch.tell_driver(
             "trial_took_over",
             donor=proposal.donor,
             checkpoint=proposal.place,
-            before=before,
             settings=self._planned,
             step=proposal.step,
             epoch=proposal.epoch,
