@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 #: Settings that say where and how often a run is looked at, not what it computes; the data has a fingerprint.
 _WITHOUT_EFFECT = {
     "checkpoint_dir", "save_every_n_epochs", "save_every_n_steps", "save_every_minutes", "save_interval",
-    "save_budget", "overlapping_saves", "max_failed_saves", "keep_last_n",
+    "save_budget", "overlapping_saves", "max_failed_saves", "init_from", "init_partial", "keep_last_n",
     "keep_best_k", "log_every_n_steps", "tensorboard", "run_name", "notes", "max_time", "num_loader_workers",
     "on_data_change", "on_bad_data", "max_bad_ratio",
 }  # fmt: skip

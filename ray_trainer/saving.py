@@ -12,14 +12,13 @@ from ray_trainer.checkpoint import (
     CheckpointMeta,
     CheckpointRecord,
     Commit,
-    LoadedCheckpoint,
     MemoryTier,
     Tier,
 )
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import CheckpointError, LeaseLostError
 from ray_trainer.hooks import CheckpointSaved, HookCaller
-from ray_trainer.journal import RUN_FILES, Journal, move_aside
+from ray_trainer.journal import Journal
 from ray_trainer.runtime import Runtime
 from ray_trainer.state import Progress, TrainState
 from ray_trainer.triggers import AffordableInterval, Moment, any_of
@@ -293,22 +292,3 @@ class _Pending:
     commit: Commit
     metrics: Mapping[str, float]
     has_delayed: bool = False
-
-
-def make_room(manager: CheckpointManager, saved: LoadedCheckpoint | None, resume_from: str | None) -> None:
-    """Leave in the run's directory what the run goes on from, and nothing that would be mixed up with it.
-
-    A fresh start moves an earlier run, and a start from an older checkpoint moves the later ones, to
-    ``previous_NN/``. Rank 0 acts; collective.
-    """
-    storage = manager.storage
-    with distributed.same_error_everywhere():
-        if distributed.rank() == 0:
-            manager.clean_leftovers()
-            later = [record.name for record in manager.records() if saved is None or record.step > saved.record.step]
-            if saved is None:
-                later += [name for name in RUN_FILES if storage.exists(name)] if resume_from is None else []
-            place = move_aside(storage, later)
-            if place is not None:
-                logger.warning("What an earlier run left in %s is in %s/ there now.", storage.uri, place)
-            manager.forget()

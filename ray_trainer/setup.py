@@ -13,11 +13,13 @@ from ray_trainer import distributed
 from ray_trainer.checkpoint import LoadedCheckpoint, Manifest
 from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import DataChange, accept_changes, data_record, saved_progress
+from ray_trainer.data import UniversalDataModule
 from ray_trainer.data.batch import BatchPlan, to_device
 from ray_trainer.data.ordered import OrderedSource
 from ray_trainer.data.quarantine import BadDataPolicy
 from ray_trainer.data.source import BatchSource
 from ray_trainer.errors import ConfigError, DataError, RayTrainerError
+from ray_trainer.initial import InitialWeights
 from ray_trainer.journal import Journal
 from ray_trainer.seeding import isolated_rng
 from ray_trainer.state import Progress
@@ -87,6 +89,12 @@ class Sources:
     val: BatchSource | None
     micro_batches_a_step: int
 
+    @classmethod
+    def of(cls, config: TrainingConfig, data: UniversalDataModule, global_batch_size: int) -> "Sources":
+        """Those of a run's data."""
+        plan = train_plan(config, global_batch_size)
+        return cls(data.train_source(plan), data.val_source(validation_plan(config)), plan.micro_batches_a_step)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -99,6 +107,7 @@ class Setup:
         global_batch_size: samples of a step over all ranks.
         data: what is recorded of the data, by split.
         data_changes: how it differs from that of the checkpoint.
+        initial: the weights that a new run starts with, if they come from another one.
     """
 
     sources: Sources
@@ -107,6 +116,7 @@ class Setup:
     global_batch_size: int
     data: dict[str, Any]
     data_changes: tuple[DataChange, ...] = ()
+    initial: InitialWeights | None = None
 
     @property
     def restarts_epoch(self) -> bool:
@@ -114,7 +124,9 @@ class Setup:
         return any(change.restarts_epoch for change in self.data_changes)
 
     def tell(self, journal: Journal, progress: Progress) -> None:
-        """Record what is particular about the data, once in a run."""
+        """Record what is particular about the data and the beginning, once in a run."""
+        if self.initial is not None:
+            journal.event_once("initialised", progress.step, progress.epoch, **asdict(self.initial))
         for change in self.data_changes:
             journal.event_once("data_changed", progress.step, progress.epoch, **asdict(change))
         for split, source in (("train", self.sources.train), ("val", self.sources.val)):

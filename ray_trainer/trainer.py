@@ -9,6 +9,7 @@ from torch import nn
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, MemoryTier
+from ray_trainer.clearing import make_room
 from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import require_same_data
 from ray_trainer.data import BatchSource, UniversalDataModule
@@ -17,6 +18,7 @@ from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.forward import Forward
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor
 from ray_trainer.hooks import DefaultHooks, HookCaller, ResumeRecord
+from ray_trainer.initial import initialise
 from ray_trainer.journal import Journal
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.losses import LossStrategy
@@ -34,7 +36,7 @@ from ray_trainer.placement import Placement, place_model
 from ray_trainer.recording import Books, Recorder
 from ray_trainer.run import Run
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
-from ray_trainer.saving import Audience, Saver, make_room
+from ray_trainer.saving import Audience, Saver
 from ray_trainer.seeding import deterministic_mode, set_random_seed
 from ray_trainer.setup import (
     Setup,
@@ -42,9 +44,7 @@ from ray_trainer.setup import (
     bad_data_policy,
     choose_global_batch_size,
     decide,
-    train_plan,
     try_first_batch,
-    validation_plan,
 )
 from ray_trainer.state import Progress, Stateful, TrainState
 from ray_trainer.task import Task, TaskSpec, loss_for
@@ -200,16 +200,11 @@ class Trainer:
             seed=config.random_seed,
             collate_fn=self.data_collator,
         )
-        plan = train_plan(config, global_batch_size)
-        sources = Sources(
-            train=data.train_source(plan),
-            val=data.val_source(validation_plan(config)),
-            micro_batches_a_step=plan.micro_batches_a_step,
-        )
+        sources = Sources.of(config, data, global_batch_size)
         setup = decide(config, sources, global_batch_size, saved, self.task.metric_names)
         if self._builds_scheduler:
             self.scheduler = build_scheduler(self.optimizer, config, setup.limits.total_steps)
-        return setup
+        return setup if saved else replace(setup, initial=initialise(self.model, config))
 
     def _carry_out(self, setup: Setup, saved: LoadedCheckpoint | None, resume_from: str | None) -> Stop:
         """Connect the parts, give them their state, and run; returns why the outside ended it, if it did."""

@@ -1,16 +1,14 @@
 """`fit`: from an experiment and its configuration to a `TorchTrainer`, and from its end to a result."""
 
-import logging
 import math
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from types import FrameType, SimpleNamespace
-from typing import Any, Protocol, cast
+from types import SimpleNamespace
+from typing import Any
 
 import ray
 import ray.data
@@ -20,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_trainer.checkpoint.catalog import list_checkpoints
 from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_error, tell
+from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_error
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
@@ -34,50 +32,18 @@ from ray_trainer.cluster.session import (
 from ray_trainer.cluster.shards import index_ray_dataset
 from ray_trainer.cluster.storage import filesystem_for_ray, mirror, owned
 from ray_trainer.cluster.vault import RayVault, open_keeper
+from ray_trainer.cluster.watching import Display, NoDisplay, Watch, exchange, user
 from ray_trainer.cluster.worker import Job, Outcome, train_worker, users_code
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.schema import Section
 from ray_trainer.data.quarantine import BadDataPolicy, checked
 from ray_trainer.errors import ConfigError, RunError
-from ray_trainer.metrics import ProgressRecord
 from ray_trainer.runtime import Stop, raise_interruption
 from ray_trainer.setup import bad_data_policy
 from ray_trainer.storage import Storage
 from ray_trainer.task import Experiment
 
-logger = logging.getLogger(__name__)
-
 POLL_INTERVAL_S = 0.25
-
-
-class Display(Protocol):
-    """Something that shows a run while it lasts."""
-
-    def update(self, record: ProgressRecord) -> None:
-        """The newest progress."""
-
-    def message(self, text: str) -> None:
-        """Something happened."""
-
-
-class Watch(Protocol):
-    """Somebody who follows a run and may end it: a user, or the trial of a sweep."""
-
-    def wish(self) -> Stop:
-        """Whether the run is to stop; asked a few times a second."""
-
-    def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
-        """The newest progress, and the events since the last call."""
-
-
-class NoDisplay:
-    """Shows nothing."""
-
-    def update(self, record: ProgressRecord) -> None:
-        """See `Display`."""
-
-    def message(self, text: str) -> None:
-        """See `Display`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +93,7 @@ def fit(
         SystemExit: with 143 after SIGTERM, once the checkpoint is written.
     """
     cluster = _named(cluster_config or ClusterConfig(), training_config)
-    watching = _user(display or NoDisplay())
+    watching = user(display or NoDisplay())
     return fit_watched(experiment, training_config, cluster, dict(model_config or {}), watching, take_over=take_over)
 
 
@@ -297,8 +263,8 @@ def _run(
         thread.start()
         while thread.is_alive():
             thread.join(timeout=POLL_INTERVAL_S)
-            _exchange(link, watch)
-        _exchange(link, watch)
+            exchange(link, watch)
+        exchange(link, watch)
     ended = box[0]
     if isinstance(ended, ray.train.TrainingFailedError):
         final = final_error(ended)
@@ -310,62 +276,6 @@ def _run(
     if isinstance(ended, BaseException):
         raise ended
     return ended
-
-
-def _exchange(link: ActorHandle, watch: Watch) -> None:
-    try:
-        progress, events = cast(
-            tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(int(watch.wish())))
-        )
-    except ray.exceptions.RayActorError:
-        return  # it starts anew; the training does not need it
-    watch.see(progress, events)
-
-
-class _User:
-    """Sees a run through a display, and ends it with a signal."""
-
-    def __init__(self, display: Display, wish: Callable[[], Stop]) -> None:
-        self._display = display
-        self.wish = wish
-
-    def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
-        """See `Watch`."""
-        for text in filter(None, map(tell, events)):
-            self._display.message(text)
-        if progress:
-            self._display.update(ProgressRecord.from_dict(progress))
-
-
-@contextmanager
-def _user(display: Display) -> Iterator[Watch]:
-    with signals() as wish:
-        yield _User(display, wish)
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], Stop]]:
-    """Take the first Ctrl-C or SIGTERM as a wish to stop; the second one ends the program at once.
-
-    Entered after Ray has started, which sets handlers of its own.
-    """
-    received = Stop.NONE
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        if received is not Stop.NONE:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        received = Stop.SIGINT if number == signal.SIGINT else Stop.SIGTERM
-        logger.warning("Stopping after the step in progress. Once more to end at once.")
-
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _checkpoint(results: dict[str, Any], storage: Storage) -> ray.train.Checkpoint | None:

@@ -9,7 +9,7 @@ import ray.train
 from torch import nn
 
 from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.launch import build_datasets, require_writable, signals, validate_sections
+from ray_trainer.cluster.launch import build_datasets, require_writable, validate_sections
 from ray_trainer.cluster.ledger import EVENTS, Ledger
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.overseer import NoSweepDisplay, Overseer, SweepDisplay
@@ -18,6 +18,7 @@ from ray_trainer.cluster.session import ray_session, require_resources
 from ray_trainer.cluster.sweep_config import SweepConfig, cross_problems
 from ray_trainer.cluster.sweep_job import SweepJob, saved_with_each_validation
 from ray_trainer.cluster.trials import TrialRecord
+from ray_trainer.cluster.watching import signals
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import dump_yaml
 from ray_trainer.errors import ConfigError, RunError

@@ -183,6 +183,10 @@ class TrainingConfig(Section):
     mode: Literal["min", "max"] = "min"
     """Whether a small or a large value of `monitor` is better."""
 
+    init_from: Text | None = None
+    """Checkpoint or run, path or URI, whose weights a new run starts with. None: those that the model has."""
+    init_partial: bool = False
+    """Whether `init_from` may fit the model in part only; what does not fit is told and left as it is."""
     checkpoint_dir: Text = "checkpoints"
     """Directory, or URI, of the checkpoints; a run on a cluster uses its own run directory instead."""
     save_every_n_epochs: Count | None = 1

@@ -77,12 +77,20 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         "compile_mode": ([True, 3], ["fast", ""]),
         **dict.fromkeys(["use_amp", "compile_dynamic"], OPTIONAL_FLAG),
         **dict.fromkeys(
-            ["compile_fullgraph", "deterministic", "shuffle", "drop_last", "fast_dev_run", "tensorboard"],
+            [
+                "compile_fullgraph",
+                "deterministic",
+                "shuffle",
+                "drop_last",
+                "fast_dev_run",
+                "tensorboard",
+                "init_partial",
+            ],
             FLAG,
         ),
         "random_seed": ([True, 1.5, "42", None], [-1, 2**32]),
         **dict.fromkeys(["monitor", "checkpoint_dir"], TEXT),
-        "run_name": ([3, True], [""]),
+        **dict.fromkeys(["run_name", "init_from"], ([3, True], [""])),
         "notes": ([3, None], []),
     },
     ClusterConfig: {
