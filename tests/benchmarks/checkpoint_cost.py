@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta
 
-STEPS = 10
 SAVE_AT = 2
 
 
@@ -145,11 +144,11 @@ def memcpy_s(tensors: list[Tensor], target: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def round_s(training: Training, way: Way | None) -> tuple[float, float]:
+def round_s(training: Training, way: Way | None, steps: int) -> tuple[float, float]:
     """Stall and wall time of a round, seconds."""
     stall = 0.0
     started = time.perf_counter()
-    for number in range(STEPS):
+    for number in range(steps):
         training.step()
         if way is None:
             continue
@@ -164,7 +163,7 @@ def round_s(training: Training, way: Way | None) -> tuple[float, float]:
     return stall, time.perf_counter() - started
 
 
-def compare(training: Training, rounds: int, directory: Path) -> None:
+def compare(training: Training, rounds: int, steps: int, directory: Path) -> None:
     """Print stall and extra time of each way."""
     kinds: list[Callable[[Path], Way]] = [Ours, DcpAsync, DcpSave, TorchSave]
     names = ["ours", "DCP async_save", "DCP save", "torch.save"]
@@ -177,7 +176,7 @@ def compare(training: Training, rounds: int, directory: Path) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     target = torch.zeros(size, dtype=torch.uint8)
     for way in ways.values():  # memory is touched, processes are started
-        round_s(training, way)
+        round_s(training, way, steps)
     stalls: dict[str, list[float]] = {name: [] for name in names}
     extras: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
@@ -187,13 +186,13 @@ def compare(training: Training, rounds: int, directory: Path) -> None:
                 shutil.rmtree(old)
             with torch.no_grad():
                 copy_s = min(memcpy_s(tensors, target) for _ in range(3))
-            _, before = round_s(training, None)
-            stall, wall = round_s(training, ways[name])
-            _, after = round_s(training, None)
+            _, before = round_s(training, None, steps)
+            stall, wall = round_s(training, ways[name], steps)
+            _, after = round_s(training, None, steps)
             stalls[name].append(stall / copy_s)
             extras[name].append(wall - (before + after) / 2)
     reference = statistics.median(extras["DCP async_save"])
-    print(f"{size / 1e6:.0f} MB of state, {rounds} rounds of {STEPS} steps, {torch.get_num_threads()} threads")
+    print(f"{size / 1e6:.0f} MB of state, {rounds} rounds of {steps} steps, {torch.get_num_threads()} threads")
     for name in names:
         extra = statistics.median(extras[name])
         print(
@@ -232,7 +231,7 @@ def measure_memory(training: Training, directory: Path) -> None:
     watcher.start()
     way = Ours(directory)
     for _ in range(3):
-        round_s(training, way)
+        round_s(training, way, SAVE_AT + 3)
     is_over.set()
     watcher.join()
     size = sum(tensor.numel() * tensor.element_size() for tensor in training.tensors())
@@ -245,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=float, default=125.0, help="of parameters")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=40, help="of a round; writing should end before it does")
     parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
     training = Training(arguments.millions)
@@ -252,7 +252,7 @@ def main() -> None:
         if arguments.memory:
             measure_memory(training, Path(directory))
         else:
-            compare(training, arguments.rounds, Path(directory))
+            compare(training, arguments.rounds, arguments.steps, Path(directory))
 
 
 if __name__ == "__main__":

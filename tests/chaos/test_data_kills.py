@@ -24,7 +24,7 @@ from ray_trainer import DefaultHooks, Experiment, TaskSpec, TrainingConfig
 from ray_trainer.cluster import ClusterConfig, fit
 from ray_trainer.errors import RunError
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 

@@ -15,7 +15,7 @@ from ray_trainer.cluster.storage import SNAPSHOT
 from ray_trainer.metrics.events import read_events
 from ray_trainer.storage import Storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 TRAINING = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "save_every_n_steps": 5, "tensorboard": False}
 STEPS = 20

@@ -30,7 +30,7 @@ from ray_trainer.storage import Storage
 from ray_trainer.storage.lease import holding
 from ray_trainer.storage.patience import Patience
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ray_trainer.data.order import SampleOrder
 from ray_trainer.data.source import BatchPlan, StepBatch, build_source
 from ray_trainer.errors import DataError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 NUM_ROWS = 1003
 

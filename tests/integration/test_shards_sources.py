@@ -29,7 +29,7 @@ from ray_trainer.data.order import SampleOrder
 from ray_trainer.data.source import BatchPlan, build_source
 from ray_trainer.errors import DataError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 

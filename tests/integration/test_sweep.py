@@ -21,7 +21,7 @@ from ray_trainer import Experiment, Trainer, TrainingConfig
 from ray_trainer.cluster import ClusterConfig, SweepConfig, SweepResult, choice, grid, loguniform, sweep
 from ray_trainer.errors import ConfigError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 for module in (sys.modules[__name__], experiments):
     ray.cloudpickle.register_pickle_by_value(module)  # processes of Ray cannot import a test
