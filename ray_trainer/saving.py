@@ -182,6 +182,7 @@ class Saver:
     def _begin(self, metrics: Mapping[str, float]) -> None:
         meta = self._meta_now(metrics)
         self.saved_at_s = self._progress.elapsed_s
+        self._retry_at_s = math.inf  # this is the next attempt
         commit = self._manager.begin(self._state.state_dict(), self._rank_state(), meta)
         self._saved = self._mark()
         self._pending = _Pending(commit, meta.metrics)

@@ -59,7 +59,7 @@ class Commit:
     Attributes:
         step: that it holds.
         record: of the checkpoint once it is whole.
-        stall_s: how long `begin` took on the slowest rank.
+        stall_s: how long training waited: for the copy on the slowest rank, or for everything if it is immediate.
         durable_s: from its beginning until it was whole.
     """
 
@@ -125,6 +125,8 @@ class Commit:
         try:
             if self._is_sealing:
                 self.record, self.deleted, self.durable_s = on_rank_zero(self._conclude)
+                if self.is_immediate:
+                    self.stall_s = self.durable_s  # training has waited for all of it
                 return True
             outcomes = on_all_ranks(lambda: (self._writer.result(), self.stall_s))
             self.stall_s = max(stall_s for _, stall_s in outcomes)

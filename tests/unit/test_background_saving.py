@@ -139,6 +139,17 @@ def test_snapshot_is_of_the_moment_it_was_taken_whatever_training_does_meanwhile
     assert 0 < commit.stall_s < commit.durable_s
 
 
+def test_training_waits_for_all_of_a_checkpoint_that_is_written_at_once(tmp_path):
+    checkpoints_of = CheckpointManager(tmp_path)
+    state = {"model": {"w": torch.ones(3)}}
+    commit = checkpoints_of.begin(state, {}, CheckpointMeta(epoch=0, step=1))
+
+    checkpoints_of.finish(commit)
+
+    assert commit.is_immediate
+    assert commit.stall_s == commit.durable_s > 0
+
+
 def test_snapshots_that_grow_and_shrink_reuse_or_replace_the_memory(tmp_path):
     checkpoints_of = CheckpointManager(tmp_path, keep_last_n=2, keep_best_k=0)
     for step, size in enumerate([2_000_000, 3_000_000, 1_500_000, 3_000_000], start=1):
