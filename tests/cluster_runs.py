@@ -111,11 +111,25 @@ class Command:
 
         return self.until(newest, f"step {step}")
 
+    @contextmanager
+    def held_at(self, step: int) -> Iterator[int]:
+        """From this step on the workers stand still inside, so that the run cannot end while a test looks at it."""
+        newest = self.wait_for_step(step)
+        workers = self._workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield newest
+        finally:
+            for pid in workers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def worker_pid(self, rank: int) -> int:
         """The process of one of two ranks. Rank 0 is the one that has files of the run open."""
 
         def found() -> int | None:
-            workers = [pid for pid in self._family() if command_line(pid).startswith("ray::RayTrainWorker")]
+            workers = self._workers()
             writers = [pid for pid in workers if has_open(pid, self.run_dir)]
             if len(workers) != 2 or len(writers) != 1:
                 return None
@@ -154,6 +168,9 @@ class Command:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._process.wait()
+
+    def _workers(self) -> list[int]:
+        return [pid for pid in self._family() if command_line(pid).startswith("ray::RayTrainWorker")]
 
     def _family(self) -> list[int]:
         """The command and all that descend from it; also remembered."""

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from ray_trainer.checkpoint.layout import (
     checkpoint_order,
-    content_problem,
     read_manifest,
-    size_problems,
 )
 from ray_trainer.checkpoint.lineage import Lineage
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
+from ray_trainer.checkpoint.verifying import content_problem, size_problems
 from ray_trainer.errors import CheckpointCorruptError, CheckpointNotFoundError, NewerFormatError
 from ray_trainer.storage import Storage
 

@@ -19,6 +19,7 @@ from ray_trainer.checkpoint.catalog import CheckpointRecord
 from ray_trainer.checkpoint.encoding import encode_plain
 from ray_trainer.checkpoint.images import FileImage
 from ray_trainer.checkpoint.layout import (
+    StateFiles,
     checkpoint_name,
     checkpoint_order,
     discard,
@@ -38,6 +39,7 @@ from ray_trainer.checkpoint.manifest import (
     plain_metrics,
 )
 from ray_trainer.checkpoint.retention import RetentionPolicy
+from ray_trainer.checkpoint.stripes import Stripe
 from ray_trainer.checkpoint.writer import DirectWriter, Writer
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError, LeaseLostError, NewerFormatError
 from ray_trainer.storage import Storage
@@ -98,8 +100,9 @@ class Commit:
         """
         started_s = time.perf_counter()
         packed = on_all_ranks(lambda: self._prepare(state, rank_state))
+        _require_same_division([division for _, _, division in packed])
         self._name = packed[0][0]
-        self._writer = self._writer_for(max(size_bytes for _, size_bytes in packed))
+        self._writer = self._writer_for(max(size_bytes for _, size_bytes, _ in packed))
         self._writer.write(self._run.child(self._name), self._images)
         self._images = []
         self.stall_s = time.perf_counter() - started_s
@@ -139,14 +142,14 @@ class Commit:
                 self._abandon()
             raise
 
-    def _prepare(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> tuple[str, int]:
+    def _prepare(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> tuple[str, int, str]:
         """Find everything that can't be stored before the first byte is written."""
-        self._images = files_of_rank(state, rank_state)
+        self._images, division = files_of_rank(state, rank_state)
         name = ""
         if distributed.rank() == 0:
             self._manifest = draft(self._meta, self._policy, self._run.fence.epoch)
             name = _free_name(self._run, self._manifest)
-        return name, sum(image.size_bytes for image in self._images)
+        return name, sum(image.size_bytes for image in self._images), division
 
     def _seal(self, written: list[dict[str, WrittenFile]], records: list[CheckpointRecord]) -> None:
         assert self._manifest is not None  # rank 0 drafted it
@@ -181,15 +184,25 @@ class Commit:
             logger.warning("What a failed save left in %s could not be removed: %s", self._name, error)
 
 
-def files_of_rank(state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> list[FileImage]:
-    """The files that this rank writes.
+def files_of_rank(state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> StateFiles:
+    """The files that this rank writes: its stripe of the state, and what it alone has.
 
     Raises:
         CheckpointError: something can't be stored; names its path.
     """
     rank = distributed.rank()
     own = pack_shards(state, rank) + pack_rank_state(rank_state, rank)
-    return pack_state(state) + own if rank == 0 else own
+    images, division = pack_state(state, Stripe(rank, distributed.world_size()))
+    return StateFiles(images + own, division)
+
+
+def _require_same_division(divisions: list[str]) -> None:
+    odd = [rank for rank, division in enumerate(divisions) if division != divisions[0]]
+    if odd:
+        raise CheckpointError(
+            f"The optimizer's state has other names or shapes on rank(s) {', '.join(map(str, odd))} than on rank 0. "
+            "Build the same optimizer, for the same parameters in the same order, on every rank."
+        )
 
 
 def draft(meta: CheckpointMeta, policy: RetentionPolicy, fencing_epoch: int) -> Manifest:

@@ -1,8 +1,9 @@
-"""The files of one checkpoint: their names, what goes into which, and how they are checked when read.
+"""The files of one checkpoint: their names, and what goes into which.
 
 ================================  ===============================================================
 ``model.safetensors``             the state's ``model``, under the model's own names
-``optimizer.safetensors``         tensors of its ``optimizer``
+``optimizer.safetensors``         tensors of its ``optimizer``, or rank 0's stripe of them, see `stripes`
+``optimizer.stripe00001.…``       the stripe that rank 1 wrote; likewise for other ranks
 ``trainer.safetensors``           tensors of its other parts
 ``trainer.json``                  everything that is not a tensor, and where each tensor is
 ``rank00000.*``                   what rank 0 alone has, in the same two forms; likewise for other ranks
@@ -14,27 +15,41 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 
 from ray_trainer.checkpoint.decoding import decode
 from ray_trainer.checkpoint.encoding import SHARDED_FILES, Encoded, Json, StatePath, encode
 from ray_trainer.checkpoint.images import FileImage
-from ray_trainer.checkpoint.manifest import MANIFEST, FileEntry, Manifest
+from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
 from ray_trainer.checkpoint.shards import Pieces, ShardReader, Share, is_sharded, pieces_and_table
+from ray_trainer.checkpoint.stripes import ALONE, Stripe, digest, divide, size_bytes
 from ray_trainer.checkpoint.tensors import read_tensors, tensor_image
+from ray_trainer.checkpoint.verifying import checked
 from ray_trainer.errors import CheckpointCorruptError
 from ray_trainer.storage import Storage, sealing
 
 _NAME = re.compile(r"checkpoint_epoch(\d{4,})_step(\d{8,})(?:_(\d+))?")
 _RANK_FILE = re.compile(r"rank\d{5,}\.(json|safetensors)")
 _SHARD_FILE = re.compile(r"(?:(?:model|optimizer)\.)?shard(\d{5,})\.(json|safetensors)")
+_STRIPE_FILE = re.compile(r"(\w+)(?:\.stripe\d{5,})?\.safetensors")
 _SHARED = "trainer"
+_STRIPED = "optimizer"
 _OWN_FILE = SHARDED_FILES  # encoded first, so that what others share with them is in these files
+
+
+class StateFiles(NamedTuple):
+    """What one rank writes of the state that is equal on all.
+
+    Attributes:
+        images: its files.
+        division: tells whether all ranks have divided the state in the same way.
+    """
+
+    images: list[FileImage]
+    division: str
 
 
 class CheckpointOrder(NamedTuple):
@@ -56,15 +71,23 @@ def checkpoint_order(name: str) -> CheckpointOrder | None:
     return match and CheckpointOrder(int(match[2]), int(match[1]), int(match[3] or 1))
 
 
-def pack_state(state: Mapping[str, Any]) -> list[FileImage]:
-    """The files of what is equal on all ranks.
+def pack_state(state: Mapping[str, Any], stripe: Stripe = ALONE) -> StateFiles:
+    """The files of what is equal on all ranks, as far as one of them writes it.
 
     Raises:
         CheckpointError: something in it can't be stored; names its path.
     """
-    parts = sorted(state, key=lambda part: part not in _OWN_FILE)
-    encoded = encode({part: state[part] for part in parts}, file_of=_file_of)
-    return _images(encoded, _SHARED)
+    names = sorted(state, key=lambda part: part not in _OWN_FILE)
+    encoded = encode({name: state[name] for name in names}, file_of=_file_of)
+    others = sum(size_bytes(tensors) for file, tensors in encoded.tensors.items() if file != _STRIPED)
+    parts = divide(encoded.tensors.pop(_STRIPED, {}), others, stripe.count)
+    mine = parts[stripe.rank]
+    if stripe.rank:
+        images = [tensor_image(f"{_STRIPED}.stripe{stripe.rank:05d}.safetensors", mine)] if mine else []
+    else:
+        encoded.tensors.update({_STRIPED: mine} if mine else {})
+        images = _images(encoded, _SHARED)
+    return StateFiles(images, digest(parts) if stripe.count > 1 else "")
 
 
 def pack_rank_state(rank_state: Mapping[str, Any], rank: int) -> list[FileImage]:
@@ -96,26 +119,6 @@ def read_manifest(checkpoint: Storage) -> Manifest:
         return Manifest.from_bytes(checkpoint.read(MANIFEST))
     except IsADirectoryError as error:
         raise CheckpointCorruptError(f"{MANIFEST} is broken: it is a directory") from error
-
-
-def size_problems(checkpoint: Storage, manifest: Manifest) -> list[str]:
-    """What the names and sizes of the files already tell."""
-    return [
-        problem
-        for name, entry in manifest.files.items()
-        if (problem := _size_problem(name, entry, _size(checkpoint, name)))
-    ]
-
-
-def content_problem(checkpoint: Storage, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file; None if it is whole."""
-    try:
-        with _checked(checkpoint, name, entry) as blocks:
-            for _ in blocks:
-                pass
-    except CheckpointCorruptError as error:
-        return str(error)
-    return None
 
 
 def read_state(checkpoint: Storage, manifest: Manifest, share: Share | None = None) -> dict[str, Any]:
@@ -203,11 +206,10 @@ def _read(
     checkpoint: Storage, manifest: Manifest, names: list[str], stem: str, shards: Pieces | None = None
 ) -> dict[str, Any]:
     tree = _read_tree(checkpoint, manifest, stem)
-    tensors = {
-        name.removesuffix(".safetensors"): _read_tensors(checkpoint, manifest, name)
-        for name in names
-        if name.endswith(".safetensors")
-    }
+    tensors: Pieces = {}
+    for name in names:
+        if match := _STRIPE_FILE.fullmatch(name):
+            tensors.setdefault(match[1], {}).update(_read_tensors(checkpoint, manifest, name))
     for file, parts in (shards or {}).items():
         tensors.setdefault(file, {}).update(parts)
     state = decode(tree, tensors)
@@ -220,7 +222,7 @@ def _read_tensors(checkpoint: Storage, manifest: Manifest, name: str) -> dict[st
     if name not in manifest.files:
         raise CheckpointCorruptError(f"{name} is missing")
     entry = manifest.files[name]
-    with _checked(checkpoint, name, entry) as blocks:
+    with checked(checkpoint, name, entry) as blocks:
         return read_tensors(blocks, entry.size, name)
 
 
@@ -228,7 +230,7 @@ def _read_tree(checkpoint: Storage, manifest: Manifest, stem: str) -> dict[str, 
     name = f"{stem}.json"
     if name not in manifest.files:
         raise CheckpointCorruptError(f"{name} is missing")
-    with _checked(checkpoint, name, manifest.files[name]) as blocks:
+    with checked(checkpoint, name, manifest.files[name]) as blocks:
         text = b"".join(blocks)
     try:
         tree = json.loads(text)
@@ -237,50 +239,3 @@ def _read_tree(checkpoint: Storage, manifest: Manifest, stem: str) -> dict[str, 
     if not isinstance(tree, dict):
         raise CheckpointCorruptError(f"{name} holds no state")
     return tree
-
-
-@contextmanager
-def _checked(checkpoint: Storage, name: str, entry: FileEntry) -> Iterator[Iterator[bytes]]:
-    """The content of a file, read once: what was read is what was checked when the block ends.
-
-    Raises:
-        CheckpointCorruptError: the file is missing or altered; stands over errors of what read it.
-    """
-    digest = xxhash.xxh3_128()
-
-    def hashed() -> Iterator[bytes]:
-        for block in checkpoint.blocks(name):
-            digest.update(block)
-            yield block
-
-    if problem := _size_problem(name, entry, _size(checkpoint, name)):
-        raise CheckpointCorruptError(problem)
-    blocks = hashed()
-    try:
-        yield blocks
-    except CheckpointCorruptError as error:
-        _check_rest(name, entry, blocks, digest)
-        raise error
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise CheckpointCorruptError(f"{name} is missing") from error
-    _check_rest(name, entry, blocks, digest)
-
-
-def _check_rest(name: str, entry: FileEntry, blocks: Iterator[bytes], digest: xxhash.xxh3_128) -> None:
-    for _ in blocks:
-        pass
-    if digest.hexdigest() != entry.xxh3_128:
-        raise CheckpointCorruptError(f"{name} was altered: its checksum is not the manifest's")
-
-
-def _size(checkpoint: Storage, name: str) -> int | None:
-    try:
-        return checkpoint.size(name)
-    except FileNotFoundError:
-        return None
-
-
-def _size_problem(name: str, entry: FileEntry, size: int | None) -> str | None:
-    if size is None:
-        return f"{name} is missing"
-    return None if size == entry.size else f"{name} has {size} bytes instead of {entry.size}"

@@ -117,7 +117,7 @@ class CheckpointManager:
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Allocate memory for snapshots of a state whose larger parts these are, while training goes on."""
-        size_bytes = sum(image.size_bytes for image in files_of_rank(state, {}))
+        size_bytes = sum(image.size_bytes for image in files_of_rank(state, {}).images)
         if not self._is_small(size_bytes):
             self._background.prepare(size_bytes)
 

@@ -65,7 +65,7 @@ class MemoryTier:
 
         Training waits for the copy only. What cannot be kept is logged.
         """
-        images = files_of_rank(state, rank_state)
+        images, _ = files_of_rank(state, rank_state)
         places, end = [], 0
         for image in images:
             places.append(FileInMemory(image.name, end, image.size_bytes))

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from ray_trainer import distributed
 from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
 from ray_trainer.checkpoint.catalog import CheckpointRecord, checkpoint_names, is_checkpoint, resolve
-from ray_trainer.checkpoint.layout import content_problem, files_of_others, read_manifest, read_rank_state, read_state
+from ray_trainer.checkpoint.layout import files_of_others, read_manifest, read_rank_state, read_state
 from ray_trainer.checkpoint.lineage import STRAY, Lineage
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
 from ray_trainer.checkpoint.retention import RetentionPolicy
 from ray_trainer.checkpoint.shards import Share
 from ray_trainer.checkpoint.tiers import Tier
+from ray_trainer.checkpoint.verifying import content_problem
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ray_trainer.storage import Storage
 

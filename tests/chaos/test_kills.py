@@ -86,9 +86,8 @@ def assert_resumed_within_an_epoch(run_dir: Path, times: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(run_file, undisturbed, rank):
     with training(run_file) as command:
-        command.wait_for_step(KILL_AT_STEP)
-        pid = command.worker_pid(rank)
-        kill(pid)
+        with command.held_at(KILL_AT_STEP):
+            kill(command.worker_pid(rank))
         assert command.wait() == 0, command.output
         output = command.output
 
@@ -144,8 +143,8 @@ def test_run_stopped_by_sigterm_and_by_ctrl_c_goes_on_from_its_last_step(run_fil
 
 def test_loss_of_the_link_to_the_driver_does_not_touch_the_run(run_file, undisturbed):
     with training(run_file) as command:
-        command.wait_for_step(KILL_AT_STEP)
-        kill(command.actor_pid("Link"))
+        with command.held_at(KILL_AT_STEP):
+            kill(command.actor_pid("Link"))
         assert command.wait() == 0, command.output
 
     assert events(command.run_dir, "failure") == []
@@ -154,12 +153,12 @@ def test_loss_of_the_link_to_the_driver_does_not_touch_the_run(run_file, undistu
 
 def test_workers_go_on_from_memory_and_from_storage_once_memory_is_lost(tmp_path, undisturbed):
     with training(digits(tmp_path, save_every=40, snapshot_every_n_steps=5)) as command:
-        command.wait_for_step(58)
-        kill(command.worker_pid(1))
-        killed_at = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]
-        command.wait_for_step(killed_at + 20)
-        kill(command.actor_pid("Vault"))
-        kill(command.worker_pid(0))
+        with command.held_at(58):
+            kill(command.worker_pid(1))
+            killed_at = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]
+        with command.held_at(killed_at + 20):
+            kill(command.actor_pid("Vault"))
+            kill(command.worker_pid(0))
         assert command.wait() == 0, command.output
 
     from_memory, from_storage = events(command.run_dir, "resumed")

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, list_checkpoints, verify
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, list_checkpoints, load_weights, verify
 from ray_trainer.errors import CheckpointCorruptError, CheckpointError
 from ray_trainer.storage import Storage
 
@@ -87,11 +87,52 @@ def act(directory, rank):
     return seen
 
 
+def wide_training(width=512):
+    """A model with AdamW, whose optimizer is worth a stripe for each rank, after one step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, 512) for _ in range(2)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def act_with_stripes(directory, rank):
+    """Commit what each rank writes a stripe of; returns what each saw."""
+    seen = {}
+    state = wide_training()
+    manager = CheckpointManager(directory, keep_last_n=3, keep_best_k=0)
+    other = state if rank == 0 else wide_training(width=256)
+    seen["other shapes"] = outcome_of(lambda: manager.commit(other, {}, CheckpointMeta(epoch=0, step=1)))
+    for step in (1, 2):
+        manager.finish(manager.begin(state, rank_state(rank), CheckpointMeta(epoch=0, step=step)))
+    if rank == 0:
+        path = Path(directory) / "checkpoint_epoch0000_step00000002" / "optimizer.stripe00001.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    dist.barrier()
+    loaded = CheckpointManager(directory).restore("auto")
+    seen["fallback"] = (loaded.manifest.step, [tuple(rejection) for rejection in loaded.rejected])
+    seen["equal"] = are_equal(loaded.state, state)
+    return seen
+
+
+def are_equal(left, right):
+    """Whether two nested states are the same, bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(are_equal(left[key], right[key]) for key in left)
+    return left == right
+
+
 def process(rank, directory, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     try:
-        results.put((rank, act(f"{directory}/run", rank)))
+        results.put((rank, act(f"{directory}/run", rank) | {"stripes": act_with_stripes(f"{directory}/wide", rank)}))
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -182,3 +223,36 @@ def test_smaller_world_restores_what_a_larger_one_saved(both):
     assert verify(run, loaded.record.name) == []
     assert loaded.manifest.world_size == 2
     assert loaded.rank_state["position"] == 0
+
+
+def test_each_rank_writes_a_stripe_of_about_the_same_size(both):
+    run, _ = both
+    checkpoint = run.parent / "wide" / "checkpoint_epoch0000_step00000001"
+    sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
+
+    first = sizes["model.safetensors"] + sizes["optimizer.safetensors"]
+    assert 0.6 < first / sizes["optimizer.stripe00001.safetensors"] < 1.7
+    assert list(load_weights(checkpoint)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_stripes_are_one_state_again_for_any_number_of_ranks(both):
+    run, seen = both
+
+    assert seen[0]["stripes"]["equal"] is seen[1]["stripes"]["equal"] is True
+    assert are_equal(CheckpointManager(run.parent / "wide").restore().state, wide_training())
+
+
+def test_altered_stripe_of_another_rank_makes_all_ranks_fall_back(both):
+    _, seen = both
+
+    assert seen[0]["stripes"]["fallback"] == seen[1]["stripes"]["fallback"]
+    step, ((_, reason),) = seen[0]["stripes"]["fallback"]
+    assert (step, reason) == (1, "optimizer.stripe00001.safetensors was altered: its checksum is not the manifest's")
+
+
+def test_optimizers_of_different_shapes_are_refused_before_anything_is_written(both):
+    run, seen = both
+
+    assert seen[0]["stripes"]["other shapes"] == seen[1]["stripes"]["other shapes"]
+    assert "on rank(s) 1 than on rank 0" in seen[0]["stripes"]["other shapes"][1]
+    assert not (run.parent / "wide" / "checkpoint_epoch0000_step00000001_2").exists()

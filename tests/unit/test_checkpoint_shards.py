@@ -121,7 +121,7 @@ def test_state_without_shards_has_no_files_of_them():
     state = {"model": {"w": torch.ones(2)}, "optimizer": {"state": {}}}
 
     assert pack_shards(state, 1) == []
-    assert [image.name for image in pack_state(state)] == ["model.safetensors", "trainer.json"]
+    assert [image.name for image in pack_state(state).images] == ["model.safetensors", "trainer.json"]
 
 
 def test_sharded_tensor_in_another_part_is_refused_by_name(mesh):
