@@ -4,9 +4,11 @@ What stands under ``model:`` in the run file is the model's own configuration, s
 mistral ...) is another ``model_type`` there. The text is the Python that every Python carries, byte by byte.
 Run it with ``ray-trainer train examples/transformers_from_config.yaml``.
 
-The trained weights load in `transformers` as they are; model.safetensors and config.json make a pretrained model:
+The trained weights are a pretrained model like any other, once its configuration lies beside them:
 
     ray-trainer export runs/transformers_from_config --output my_llama/model.safetensors
+    huggingface_config(model).save_pretrained("my_llama")          # in Python; model: what the run file says
+    AutoModelForCausalLM.from_pretrained("my_llama")
 """
 
 import sysconfig

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from cluster_runs import ray_of_two_cpus
-from experiments import metric_rows
+from experiments import assert_same, metric_rows
 
-from ray_trainer import Trainer
+from ray_trainer import Trainer, load_weights
 from ray_trainer.cli import main
 from ray_trainer.cli.experiment import load_experiment
 from ray_trainer.cli.runfile import load_run_file
@@ -48,9 +48,9 @@ def last_epoch(example: str, directory: Path, *overrides: str) -> dict[str, Any]
     return dict(results["metrics_summary"].iloc[-1])
 
 
-def script(name: str) -> Any:
-    """The `main` of an example that is a program."""
-    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+def defined_in(example: str) -> dict[str, Any]:
+    """What the file of an example defines."""
+    return runpy.run_path(str(EXAMPLES / f"{example}.py"))
 
 
 # ---- without Ray
@@ -82,10 +82,18 @@ def test_half_of_the_sounds_of_new_words_are_right_after_a_few_seconds(tmp_path,
     assert "python: " in capsys.readouterr().out
 
 
-def test_transformers_model_learns_bytes_of_python(tmp_path):
+def test_transformers_model_learns_bytes_of_python_and_loads_as_a_pretrained_one(tmp_path):
+    from transformers import AutoModelForCausalLM  # only here: it takes seconds to import
+
     short = ("model.hidden_size=32", "model.megabytes=1", "training.max_steps=50", "training.limit_val_batches=2")
 
-    assert last_epoch("transformers_from_config", tmp_path, *short)["val/perplexity"] < 40  # of 256 bytes
+    assert last_epoch("transformers_from_config", tmp_path / "run", *short)["val/perplexity"] < 40  # of 256 bytes
+
+    model = SimpleNamespace(**load_run_file(EXAMPLES / "transformers_from_config.yaml", short).model)
+    pretrained = tmp_path / "my_llama"
+    assert main(["export", str(tmp_path / "run"), "--output", str(pretrained / "model.safetensors")]) == 0
+    defined_in("transformers_from_config")["huggingface_config"](model).save_pretrained(pretrained)
+    assert_same(load_weights(tmp_path / "run"), dict(AutoModelForCausalLM.from_pretrained(pretrained).state_dict()))
 
 
 def test_hooks_stop_a_run_that_is_good_enough(tmp_path, capsys):
@@ -97,15 +105,15 @@ def test_hooks_stop_a_run_that_is_good_enough(tmp_path, capsys):
 
 
 def test_plain_python_learns_and_has_nothing_left_to_do_when_it_is_started_again(tmp_path):
-    accuracy = script("plain_python")(str(tmp_path), epochs=5)
+    accuracy = defined_in("plain_python")["main"](str(tmp_path), epochs=5)
 
     assert accuracy > 0.9
-    assert script("plain_python")(str(tmp_path), epochs=5) == accuracy
+    assert defined_in("plain_python")["main"](str(tmp_path), epochs=5) == accuracy
     assert {row["epoch"] for row in metric_rows(tmp_path)} == set(range(5))
 
 
 def test_moving_over_learns(tmp_path):
-    losses = script("moving_over")(str(tmp_path))
+    losses = defined_in("moving_over")["main"](str(tmp_path))
 
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 3  # a byte that is guessed costs 5.5
@@ -133,7 +141,7 @@ def test_example_learns_on_two_workers(example, short, at_least, tmp_path, ray_o
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_killed_worker_leaves_no_trace_in_the_weights(tmp_path, ray_of_examples, capsys):
-    assert script("survive_faults")(str(tmp_path))
+    assert defined_in("survive_faults")["main"](str(tmp_path))
     assert "killed process" in capsys.readouterr().out
     assert metric_rows(tmp_path / "killed")[-1]["accuracy"] > 0.8
 
@@ -141,7 +149,7 @@ def test_killed_worker_leaves_no_trace_in_the_weights(tmp_path, ray_of_examples,
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_run_on_fewer_workers_differs_in_its_last_bits_alone(tmp_path, ray_of_examples):
-    differences = script("fewer_workers")(str(tmp_path))
+    differences = defined_in("fewer_workers")["main"](str(tmp_path))
 
     assert [name for name, difference in differences.items() if not difference] == ["step", "epoch", "learning_rate"]
     assert differences["loss"] < 1e-4
