@@ -2,19 +2,26 @@
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import fmean
 
+from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.outlook import Outcome, Prospect, best_outcome, simulate
 from ray_trainer.cli.output import print_json, print_line, print_table, readable_age
 from ray_trainer.errors import ConfigError
+from ray_trainer.metrics import read_events
+from ray_trainer.metrics.goodput import goodput
 
 _DAY_S, _MINUTE_S = 86400.0, 60.0
+_STALL_S, _RECOVERY_S = 1.0, 60.0  # where nothing is said or measured
 _SHARES = ("goodput", "checkpoints", "repeated", "down")
 _EXAMPLES = """
 ray-trainer plan --nodes 128 --node-mtbf-days 300
 ray-trainer plan --nodes 2048 --node-mtbf-days 264 --stall-s 2 --durable-s 60 --recovery-s 300
 ray-trainer plan --nodes 16 --node-mtbf-days 30 --every-minutes 30 --json
+ray-trainer plan --nodes 128 --node-mtbf-days 300 --like runs/digits
 """
 
 
@@ -31,20 +38,19 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
         "--node-mtbf-days", metavar="D", type=float, required=True, help="mean time between failures of one node"
     )
     parser.add_argument(
-        "--stall-s", metavar="S", type=float, default=1.0, help="a checkpoint stops training for so long (default 1)"
+        "--like", metavar="RUN_DIR", help="a run in which the next three were measured; those that are given win"
     )
     parser.add_argument(
-        "--durable-s",
-        metavar="S",
-        type=float,
-        help="from its start until it is safe; `checkpoint_saved` in events.jsonl tells both (default: the stall)",
+        "--stall-s", metavar="S", type=float, help=f"a checkpoint stops training for so long (default {_STALL_S:g})"
+    )
+    parser.add_argument(
+        "--durable-s", metavar="S", type=float, help="from a checkpoint's start until it is safe (default: the stall)"
     )
     parser.add_argument(
         "--recovery-s",
         metavar="S",
         type=float,
-        default=60.0,
-        help="from a failure until training goes on (default 60)",
+        help=f"from a failure until training goes on (default {_RECOVERY_S:g})",
     )
     parser.add_argument(
         "--every-minutes", metavar="M", type=float, help="an interval of your own, to compare with the best one"
@@ -58,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
     """Carry out ``plan``.
 
     Raises:
-        ConfigError: numbers that cannot be; lists all of them.
+        ConfigError: numbers that cannot be, all of them at once; or nothing was measured in the run to follow.
     """
-    prospect = _prospect(args)
+    measured = {} if args.like is None else _measured(args.like)
+    given = {name: getattr(args, name) for name in ("stall_s", "durable_s", "recovery_s")}
+    prospect = _prospect(args, measured | {name: value for name, value in given.items() if value is not None})
     best = best_outcome(prospect, args.seed)
     compared = [best]
     if args.every_minutes is not None:
@@ -75,16 +83,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prospect(args: argparse.Namespace) -> Prospect:
-    durable_s = args.stall_s if args.durable_s is None else args.durable_s
+def _measured(run_dir: str) -> dict[str, float]:
+    """What the checkpoints of a run took, and its recoveries where it had any; means, in seconds."""
+    events = read_events(open_storage(run_dir))
+    saved = [event for event in events if event["event"] == "checkpoint_saved"]
+    if not saved:
+        raise ConfigError(f"--like = {run_dir!r}: there is no checkpoint in the events of this run. Name another one.")
+    stall_s, durable_s = (fmean(float(event[name]) for event in saved) for name in ("stall_s", "durable_s"))
+    measured = {"stall_s": stall_s, "durable_s": max(stall_s, durable_s)}
+    num_failures = sum(event["event"] == "failure" for event in events)
+    return measured | ({"recovery_s": goodput(events).down_s / num_failures} if num_failures else {})
+
+
+def _prospect(args: argparse.Namespace, known: Mapping[str, float]) -> Prospect:
+    stall_s, recovery_s = known.get("stall_s", _STALL_S), known.get("recovery_s", _RECOVERY_S)
+    durable_s = known.get("durable_s", stall_s)
     wrong = [
         f"{name} = {value:g}: must be {'at least' if at_least else 'above'} {bound:g}"
         for name, value, bound, at_least in (
             ("--nodes", args.nodes, 1, True),
             ("--node-mtbf-days", args.node_mtbf_days, 0, False),
-            ("--stall-s", args.stall_s, 0, False),
-            ("--durable-s", durable_s, args.stall_s, True),
-            ("--recovery-s", args.recovery_s, 0, True),
+            ("--stall-s", stall_s, 0, False),
+            ("--durable-s", durable_s, stall_s, True),
+            ("--recovery-s", recovery_s, 0, True),
             ("--every-minutes", math.inf if args.every_minutes is None else args.every_minutes, 0, False),
         )
         if not (value >= bound if at_least else value > bound)  # so that NaN is refused as well
@@ -93,19 +114,22 @@ def _prospect(args: argparse.Namespace) -> Prospect:
         f"{name} = {value:g}: must be finite"
         for name, value in (
             ("--node-mtbf-days", args.node_mtbf_days),
-            ("--stall-s", args.stall_s),
+            ("--stall-s", stall_s),
             ("--durable-s", durable_s),
-            ("--recovery-s", args.recovery_s),
+            ("--recovery-s", recovery_s),
         )
         if math.isinf(value)
     ]
     if wrong:
         raise ConfigError("This cannot be planned:\n" + "\n".join(f"  - {line}" for line in wrong))
-    return Prospect(args.node_mtbf_days * _DAY_S / args.nodes, args.stall_s, durable_s, args.recovery_s)
+    return Prospect(args.node_mtbf_days * _DAY_S / args.nodes, stall_s, durable_s, recovery_s)
 
 
 def _tell(prospect: Prospect, compared: list[Outcome]) -> None:
-    print_line(f"a failure every {readable_age(prospect.mtbf_s)}")
+    print_line(
+        f"a failure every {readable_age(prospect.mtbf_s)}; a checkpoint stops training for {prospect.stall_s:.3g} s "
+        f"and is safe after {prospect.durable_s:.3g} s; recovery takes {prospect.recovery_s:.3g} s"
+    )
     print_line(
         f"best interval {readable_age(compared[0].interval_s)} (Young/Daly: {readable_age(prospect.young_daly_s)})"
     )

@@ -119,7 +119,22 @@ def test_moving_over_learns(tmp_path):
     assert losses[-1] < 3  # a byte that is guessed costs 5.5
 
 
-# ---- on one Ray
+# ---- on Ray: one of its own, then one for all the others
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_gpt_tells_bits_per_byte_and_writes_a_sample(tmp_path):
+    small = ("model.layers=1", "model.heads=1", "model.width=16", "model.context=32")
+    command = [sys.executable, "-m", "ray_trainer", "train", str(EXAMPLES / "gpt.yaml"), *small]
+    command += ["training.max_steps=3", "training.limit_val_batches=2", f"cluster.storage_path={tmp_path}"]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bits per byte. A sample:" in done.stdout
+    assert "def " in done.stdout.partition("A sample:")[2]
+    assert "val/perplexity" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -154,18 +169,3 @@ def test_run_on_fewer_workers_differs_in_its_last_bits_alone(tmp_path, ray_of_ex
     assert [name for name, difference in differences.items() if not difference] == ["step", "epoch", "learning_rate"]
     assert differences["loss"] < 1e-4
     assert differences["weights"] < 1e-5
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_gpt_tells_bits_per_byte_and_writes_a_sample(tmp_path):
-    small = ("model.layers=1", "model.heads=1", "model.width=16", "model.context=32")
-    command = [sys.executable, "-m", "ray_trainer", "train", str(EXAMPLES / "gpt.yaml"), *small]
-    command += ["training.max_steps=3", "training.limit_val_batches=2", f"cluster.storage_path={tmp_path}"]
-
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bits per byte. A sample:" in done.stdout
-    assert "def " in done.stdout.partition("A sample:")[2]
-    assert "val/perplexity" in done.stdout

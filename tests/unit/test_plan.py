@@ -7,6 +7,8 @@ import pytest
 
 from ray_trainer.cli import main
 from ray_trainer.cli.outlook import Prospect, best_outcome, simulate
+from ray_trainer.metrics.events import EventLog
+from ray_trainer.storage import Storage
 
 HOUR_S = 3600.0
 BUSY = Prospect(mtbf_s=6 * HOUR_S, stall_s=60.0, durable_s=60.0, recovery_s=300.0)
@@ -80,6 +82,26 @@ def test_plan_for_people_ends_with_what_to_write_into_the_run_file(capsys):
     assert main(["plan", "--nodes", "128", "--node-mtbf-days", "300", "--recovery-s", "300"]) == 0
 
     assert capsys.readouterr().out.splitlines()[-1].startswith("in the run file: save_every_minutes: ")
+
+
+def test_plan_takes_what_a_run_has_measured(tmp_path, capsys):
+    log = EventLog(Storage.open(str(tmp_path)), attempt=1, clock=iter([0, 10, 20, 30]).__next__)
+    log.record("workers_started", step=0, num_workers=2)
+    for step, stall_s in ((5, 0.5), (9, 1.5)):
+        log.record("checkpoint_saved", step=step, stall_s=stall_s, durable_s=4.0)
+    log.record("failure", cause="a worker died")
+    EventLog(Storage.open(str(tmp_path)), attempt=2, clock=lambda: 75).record("workers_started", step=9, num_workers=2)
+
+    assert main(["plan", "--nodes", "8", "--node-mtbf-days", "8", "--like", str(tmp_path)]) == 0
+
+    told = capsys.readouterr().out
+    assert "a failure every 1 d; " in told
+    assert "stops training for 1 s and is safe after 4 s; recovery takes 45 s" in told
+
+
+def test_run_without_a_checkpoint_has_measured_nothing(tmp_path, capsys):
+    assert main(["plan", "--nodes", "8", "--node-mtbf-days", "8", "--like", str(tmp_path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
 
 
 def test_numbers_that_cannot_be_are_all_named(capsys):
