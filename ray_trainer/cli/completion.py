@@ -21,7 +21,7 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]", whole: Callabl
         help="print a script that completes commands and options in your shell",
         examples="""
             eval "$(ray-trainer completion bash)"
-            ray-trainer completion zsh > ~/.zfunc/_ray-trainer
+            ray-trainer completion zsh > "${fpath[1]}/_ray-trainer"
         """,
     )
     parser.add_argument("shell", choices=SHELLS, help="the shell")
