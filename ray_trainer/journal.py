@@ -102,6 +102,14 @@ class Journal:
         """Add a row of ``train`` or ``val``; (split, step) comes once."""
         self._writers.write({"step": step, "epoch": epoch, "split": split, **values})
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows of later steps, which come again.
+
+        Raises:
+            OSError: they could not be dropped and would stand twice.
+        """
+        self._writers.rewind(step)
+
     def flush(self) -> None:
         """Bring rows to storage."""
         self._writers.flush()

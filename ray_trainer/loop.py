@@ -40,6 +40,7 @@ class TrainingLoop:
     Attributes:
         stop: the wish to stop that all ranks agreed on with the last step.
         busy: where a checkpoint of any rank was still on its way to then.
+        wants_rollback: the last step asks to go back to a state before it; agreed on as well.
         is_whole: the model is what the last completed step left, also after an error in the next one.
         batch_losses: of this rank's micro-batches of the last step.
     """
@@ -73,6 +74,7 @@ class TrainingLoop:
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
         self.stop = Stop.NONE
         self.busy = Tier.NONE
+        self.wants_rollback = False
         self.is_whole = True
         self._data_wait_s = 0.0
         self._divergence: DivergenceError | None = None
@@ -112,11 +114,13 @@ class TrainingLoop:
             raise
 
         local_count = sum(float(result.loss.count) for result in results)
-        count, num_samples, seconds = self._agree(local_count, step_batch.num_samples)
+        local_loss = sum(float(r.loss.sum.detach()) for r in results) if self._monitor.needs_loss else 0.0
+        count, num_samples, seconds, loss = self._agree(local_count, step_batch.num_samples, local_loss)
         mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
         norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
-        verdict = self._judge(norm) if count else Verdict.SKIP
+        verdict = self._judge(norm, loss / count) if count else Verdict.SKIP
+        self.wants_rollback = verdict is Verdict.ROLLBACK
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
         if is_updated:
@@ -135,12 +139,13 @@ class TrainingLoop:
             learning_rate=learning_rate,
             num_samples=num_samples,
             skipped=not is_updated,
+            reason=self._monitor.finding if count else None,
         )
 
-    def _judge(self, norm: float) -> Verdict:
-        """Whether the gradients may reach the weights; equal on all ranks, because the norm is."""
+    def _judge(self, norm: float, loss: float) -> Verdict:
+        """Whether the gradients may reach the weights; equal on all ranks, because norm and loss are."""
         is_searching_scale = not math.isfinite(norm) and self._accumulator.is_searching_scale
-        verdict = self._monitor.judge(norm, is_searching_scale)
+        verdict = self._monitor.judge(norm, is_searching_scale, loss)
         if verdict is Verdict.ABORT:
             findings = self._monitor.check_gradients(self._forward.model)
             self._divergence = self._monitor.divergence(norm, findings)
@@ -171,8 +176,8 @@ class TrainingLoop:
         with self._forward.precision():
             return self._task.evaluate(self._forward.module, batch)
 
-    def _agree(self, count: float, num_samples: int) -> tuple[float, int, float]:
-        """Count and samples of the global batch and seconds since the last step, equal on all ranks.
+    def _agree(self, count: float, num_samples: int, loss: float) -> tuple[float, int, float, float]:
+        """Count and samples of the global batch, seconds since the last step, summed loss, equal on all ranks.
 
         Wishes to stop, and checkpoints that are being written, ride on the same exchange.
         """
@@ -181,12 +186,13 @@ class TrainingLoop:
         wish, busy = self._runtime.requested_stop(), self._saving_to()
         if self._world_size == 1:
             self.stop, self.busy = wish, busy
-            return count, num_samples, seconds
-        mine = torch.tensor([[count, num_samples, wish, seconds, busy]], dtype=torch.float64)
+            return count, num_samples, seconds, loss
+        mine = torch.tensor([[count, num_samples, wish, seconds, busy, loss]], dtype=torch.float64)
         rows = distributed.gather_rows(mine)[:, 0].tolist()
         self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
         self.stop = Stop(int(max(row[2] for row in rows)))
-        return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
+        total_loss = sum(row[5] for row in rows)
+        return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3], total_loss
 
     def _settle_buckets(self, step_batch: StepBatch) -> None:
         """Make the exchange of gradients the same in every process of a run, from its first step on.

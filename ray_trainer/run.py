@@ -1,6 +1,7 @@
 """One run of a training, from its state at the start to its results: epochs, safe points, saves."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -11,12 +12,26 @@ from ray_trainer.hooks import NO_REQUEST, HookCaller, Request, StepRecord, reque
 from ray_trainer.hooks.checks import Hook
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.recording import Recorder
+from ray_trainer.rollback import Rollback
 from ray_trainer.runtime import Stop
 from ray_trainer.saving import Saver
 from ray_trainer.setup import Setup
 from ray_trainer.triggers import Moment, any_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """What keeps states of a run, and brings them back while it goes on.
+
+    Attributes:
+        saver: on storage, and in memory outside of this process.
+        rollback: in this process, for numbers that go wrong.
+    """
+
+    saver: Saver
+    rollback: Rollback
 
 
 class Run:
@@ -34,7 +49,7 @@ class Run:
         loop: TrainingLoop,
         validation: ValidationLoop,
         recorder: Recorder,
-        saver: Saver,
+        safeguards: Safeguards,
         hooks: HookCaller,
     ) -> None:
         self._limits = setup.limits
@@ -42,11 +57,13 @@ class Run:
         self._loop = loop
         self._validation = validation
         self._recorder = recorder
-        self._saver = saver
+        self._saver = safeguards.saver
         self._progress = recorder.progress
         self._hooks = hooks
         self._validate_at = any_of(steps=config.validate_every_n_steps, epochs=config.validate_every_n_epochs)
         self._save_requested = False
+        self._rollback = safeguards.rollback
+        self._has_gone_back = False
         self.interruption = Stop.NONE
 
     def execute(self) -> None:
@@ -65,6 +82,9 @@ class Run:
         """Do what belongs to the last completed step and was not done when its checkpoint was written."""
         progress = self._progress
         if progress.step == 0:
+            if self._rollback.needs_first_checkpoint():
+                self._save()
+            self._rollback.keep()
             return
         ends_epoch, is_end = self._limits.ends_epoch(progress), self._limits.reached(progress)
         if progress.epoch_logged and not is_end:
@@ -80,7 +100,10 @@ class Run:
             if progress.step_in_epoch == 0 and self._hooks.on_epoch_start is not None:
                 self._hooks.on_epoch_start(progress.epoch)
             is_whole = self._train_epoch()
-            if self.interruption is Stop.NONE:
+            if self._has_gone_back:
+                self._has_gone_back = False
+                self._catch_up()
+            elif self.interruption is Stop.NONE:
                 self._close_epoch(is_whole)
         self._recorder.flush()
         self._saver.save_last(self._recorder.metrics())
@@ -92,11 +115,20 @@ class Run:
         if self._limits.ends_epoch(self._progress):
             return True
         for record in self._loop.steps(self._sources.train):
+            if self._loop.wants_rollback and self._roll_back(record):
+                return False
             self._after_step(record)
             self.interruption = max(self.interruption, self._loop.stop)
             if self.interruption is not Stop.NONE or self._limits.reached(self._progress):
                 return self._limits.ends_epoch(self._progress)
         return True
+
+    def _roll_back(self, record: StepRecord) -> bool:
+        """Undo what led to a step that went wrong; whether the run is at an earlier step now."""
+        self._loop.is_whole = False
+        self._has_gone_back = self._rollback.carry_out(record)
+        self._loop.is_whole = True
+        return self._has_gone_back
 
     def _after_step(self, record: StepRecord) -> None:
         self._saver.poll(self._loop.busy)
@@ -117,6 +149,7 @@ class Run:
         is_due = self._saver.due(moment) and (must_validate or not is_resumed)
         if self._save_requested or is_due:
             self._save(may_skip=not self._save_requested)
+        self._rollback.keep()
 
     def _close_epoch(self, is_whole: bool) -> None:
         """Validate, log, save and end the epoch in progress, which a limit may have cut short."""
@@ -134,6 +167,7 @@ class Run:
 
     def _end_epoch(self) -> None:
         progress = self._progress
+        self._rollback.keep()
         self._ask(self._hooks.on_epoch_end, progress.epoch, self._recorder.epoch_metrics())
         if progress.epoch_logged:
             progress.complete_epoch()

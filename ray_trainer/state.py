@@ -110,9 +110,17 @@ class TrainState:
                 f"The checkpoint holds the parts {sorted(state_dict)}, this run has {sorted(self._parts)}. "
                 "Resume with the same hooks, schedule and precision, or start a new run."
             )
-        for name, part in self._parts.items():
+        self.load_parts(state_dict)
+
+    def load_parts(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore those parts that are there, all of which must be registered.
+
+        Raises:
+            StateMismatchError: a part refuses its state.
+        """
+        for name, state in state_dict.items():
             try:
-                part.load_state_dict(state_dict[name])
+                self._parts[name].load_state_dict(state)
             except (KeyError, ValueError, RuntimeError, TypeError) as error:
                 raise StateMismatchError(
                     f"The checkpoint's '{name}' does not fit this run: {error}. "

@@ -34,7 +34,9 @@ from ray_trainer.optim import (
 from ray_trainer.ownership import owned
 from ray_trainer.placement import Placement, place_model
 from ray_trainer.recording import Books, Recorder
-from ray_trainer.run import Run
+from ray_trainer.rewind import Rewind
+from ray_trainer.rollback import Rollback
+from ray_trainer.run import Run, Safeguards
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
 from ray_trainer.saving import Audience, Saver
 from ray_trainer.seeding import deterministic_mode, set_random_seed
@@ -131,10 +133,7 @@ class Trainer:
             training_config.max_grad_norm,
             scaler=build_scaler(training_config, self.device),
         )
-        self.gradient_monitor = GradientMonitor(
-            max_consecutive_failures=training_config.max_consecutive_bad_steps,
-            explosion_threshold=training_config.gradient_explosion_threshold,
-        )
+        self.gradient_monitor = GradientMonitor.of(training_config)
         self.metrics_tracker = MetricsTracker()
         self.checkpoint_manager = CheckpointManager(
             self.runtime.storage,
@@ -227,7 +226,8 @@ class Trainer:
         books.journal.open(saved)
         setup.tell(books.journal, self.progress)
         saver = self._build_saver(setup, state, books.journal)
-        run = self._build_run(setup, forward, recorder, books, saver)
+        rewind = self._build_rewind(state, saver, books.journal)
+        run = self._build_run(setup, forward, recorder, books, saver, rewind)
         with self._hooks.training(), closing(books.journal), closing(saver):
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
@@ -283,7 +283,13 @@ class Trainer:
         audience = Audience(self.runtime, journal, self._hooks)
         return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience, self._memory)
 
-    def _build_run(self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver) -> Run:
+    def _build_rewind(self, state: TrainState, saver: Saver, journal: Journal) -> Rewind:
+        manager, share = self.checkpoint_manager, self._placement.share
+        return Rewind(manager, state, saver, journal, self._hooks, share, self._follow_config)
+
+    def _build_run(
+        self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver, rewind: Rewind
+    ) -> Run:
         loop = TrainingLoop(
             forward,
             self.task,
@@ -296,7 +302,8 @@ class Trainer:
             saving_to=saver.busy,
         )
         validation = ValidationLoop(forward, self.task, self.runtime)
-        return Run(self.training_config, setup, loop, validation, recorder, saver, self._hooks)
+        rollback = Rollback(self.gradient_monitor, recorder, rewind)
+        return Run(self.training_config, setup, loop, validation, recorder, Safeguards(saver, rollback), self._hooks)
 
     def _results(self, monitor: str) -> dict[str, Any]:
         history = self.metrics_tracker.metrics_history
