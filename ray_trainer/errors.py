@@ -13,6 +13,7 @@
     │   ├── NewerFormatError                   a later version of ray_trainer wrote it
     │   └── StateMismatchError (ValueError)    the checkpoint belongs to something else
     ├── DivergenceError (RuntimeError)         gradients or losses stopped being numbers
+    ├── CorruptionError (RuntimeError)         memory or a processor fails: replicas are not equal
     ├── LeaseHeldError (RuntimeError)          another process is at work on the run; says which
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
 
@@ -78,6 +79,10 @@ class LeaseHeldError(RayTrainerError, RuntimeError):
 
 class DivergenceError(RayTrainerError, RuntimeError):
     """Training stopped because its numbers went wrong too many times in a row."""
+
+
+class CorruptionError(RayTrainerError, RuntimeError):
+    """Replicas of the model that must be equal are not, and stay so; the message says which."""
 
 
 class RunError(RayTrainerError, RuntimeError):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import CheckpointManager, LoadedCheckpoint
@@ -61,6 +62,11 @@ class Rewind:
         if self._hooks.on_resume is not None:
             self._hooks.on_resume(ResumeRecord(loaded.record.uri, loaded.record.step, loaded.record.epoch))
         return loaded
+
+    def to_state(self, state: dict[str, Any]) -> None:
+        """Go back to a state that was kept in memory, of all parts. Collective."""
+        self.state.load_state_dict(state)
+        self._forget_after(state["progress"]["step"])
 
     def _forget_after(self, step: int) -> None:
         with distributed.same_error_everywhere():

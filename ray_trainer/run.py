@@ -12,6 +12,7 @@ from ray_trainer.hooks import NO_REQUEST, HookCaller, Request, StepRecord, reque
 from ray_trainer.hooks.checks import Hook
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.recording import Recorder
+from ray_trainer.replicas import Replicas
 from ray_trainer.rollback import Rollback
 from ray_trainer.runtime import Stop
 from ray_trainer.saving import Saver
@@ -28,10 +29,12 @@ class Safeguards:
     Attributes:
         saver: on storage, and in memory outside of this process.
         rollback: in this process, for numbers that go wrong.
+        replicas: likewise, for what memory and processors do wrong.
     """
 
     saver: Saver
     rollback: Rollback
+    replicas: Replicas
 
 
 class Run:
@@ -63,12 +66,14 @@ class Run:
         self._validate_at = any_of(steps=config.validate_every_n_steps, epochs=config.validate_every_n_epochs)
         self._save_requested = False
         self._rollback = safeguards.rollback
+        self._replicas = safeguards.replicas
         self._has_gone_back = False
         self.interruption = Stop.NONE
 
     def execute(self) -> None:
         """Train to the end, to an early stop or to an interruption. Collective."""
         try:
+            self._compare_replicas(is_saved=True)
             self._catch_up()
             self._loop.restart_clock()
             self._train()
@@ -96,15 +101,17 @@ class Run:
 
     def _train(self) -> None:
         progress = self._progress
-        while not self._limits.reached(progress) and self.interruption is Stop.NONE:
-            if progress.step_in_epoch == 0 and self._hooks.on_epoch_start is not None:
-                self._hooks.on_epoch_start(progress.epoch)
-            is_whole = self._train_epoch()
+        while self._has_gone_back or (not self._limits.reached(progress) and self.interruption is Stop.NONE):
             if self._has_gone_back:
                 self._has_gone_back = False
                 self._catch_up()
-            elif self.interruption is Stop.NONE:
+                continue
+            if progress.step_in_epoch == 0 and self._hooks.on_epoch_start is not None:
+                self._hooks.on_epoch_start(progress.epoch)
+            is_whole = self._train_epoch()
+            if not self._has_gone_back and self.interruption is Stop.NONE:
                 self._close_epoch(is_whole)
+        self._compare_replicas(is_saved=True)  # after an interruption, if they differ, an earlier step is saved
         self._recorder.flush()
         self._saver.save_last(self._recorder.metrics())
         if self.interruption is not Stop.NONE:
@@ -119,6 +126,8 @@ class Run:
                 return False
             self._after_step(record)
             self.interruption = max(self.interruption, self._loop.stop)
+            if self._has_gone_back:
+                return False
             if self.interruption is not Stop.NONE or self._limits.reached(self._progress):
                 return self._limits.ends_epoch(self._progress)
         return True
@@ -134,6 +143,8 @@ class Run:
         self._saver.poll(self._loop.busy)
         self._recorder.step(record, self._loop.take_data_wait_s())
         self._call_after_step(record)
+        if self._compare_replicas(is_saved=self._saver.snapshot_is_due(self._loop.busy)):
+            return
         if self._saver.snapshot_is_due(self._loop.busy):
             self._recorder.flush()
             self._saver.snapshot(self._recorder.metrics())
@@ -163,7 +174,8 @@ class Run:
         progress.epoch_logged = is_whole
         if self._save_requested or self._saver.due(moment) or self._limits.reached(progress):
             self._save()
-        self._end_epoch()
+        if not self._has_gone_back:
+            self._end_epoch()
 
     def _end_epoch(self) -> None:
         progress = self._progress
@@ -188,7 +200,17 @@ class Run:
     def _save(self, may_skip: bool = False) -> None:
         self._save_requested = False
         self._recorder.flush()
-        self._saver.save(self._recorder.metrics(), may_skip)
+        if not self._compare_replicas(is_saved=True):
+            self._saver.save(self._recorder.metrics(), may_skip)
+
+    def _compare_replicas(self, is_saved: bool) -> bool:
+        """Compare them where that is due; whether they differed, so that the run is at an earlier step now."""
+        if self._replicas.is_due(is_saved):
+            self._recorder.flush()
+            self._loop.is_whole = False
+            self._has_gone_back |= self._replicas.check()
+            self._loop.is_whole = True
+        return self._has_gone_back
 
     def _call_after_step(self, record: StepRecord) -> None:
         hooks = self._hooks

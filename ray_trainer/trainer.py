@@ -34,6 +34,7 @@ from ray_trainer.optim import (
 from ray_trainer.ownership import owned
 from ray_trainer.placement import Placement, place_model
 from ray_trainer.recording import Books, Recorder
+from ray_trainer.replicas import Replicas
 from ray_trainer.rewind import Rewind
 from ray_trainer.rollback import Rollback
 from ray_trainer.run import Run, Safeguards
@@ -303,7 +304,10 @@ class Trainer:
         )
         validation = ValidationLoop(forward, self.task, self.runtime)
         rollback = Rollback(self.gradient_monitor, recorder, rewind)
-        return Run(self.training_config, setup, loop, validation, recorder, Safeguards(saver, rollback), self._hooks)
+        every_n_steps = self.training_config.compare_replicas_every_n_steps
+        replicas = Replicas(every_n_steps, self.model, self.progress, rewind)
+        safeguards = Safeguards(saver, rollback, replicas)
+        return Run(self.training_config, setup, loop, validation, recorder, safeguards, self._hooks)
 
     def _results(self, monitor: str) -> dict[str, Any]:
         history = self.metrics_tracker.metrics_history

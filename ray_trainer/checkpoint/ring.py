@@ -31,6 +31,10 @@ class StateRing:
         state: dict[str, Any] = copied(self._states[step])
         return state
 
+    def peek(self, step: int) -> dict[str, Any]:
+        """What was kept itself, not to be changed."""
+        return self._states[step]
+
     def only(self, steps: Collection[int]) -> None:
         """Drop the states of all other steps."""
         for step in [step for step in self._states if step not in steps]:

@@ -24,6 +24,13 @@ def compiles_shards(config: Any) -> str | None:
     return None
 
 
+def no_replicas(config: Any) -> str | None:
+    """What shards cannot do."""
+    if config.compare_replicas_every_n_steps is not None and config.parallelism == "fsdp":
+        return "has nothing to compare with parallelism = 'fsdp', where no two workers have the same; leave it out"
+    return None
+
+
 def wrong_mode(config: Any) -> str | None:
     """The worst would be taken for the best."""
     quantity = config.monitor.replace("/", "_").rpartition("_")[2]

@@ -188,6 +188,10 @@ class TrainingConfig(Section):
     """How many of those states are kept, the newest ones; each is as large as model and optimizer."""
     max_rollbacks: Count = 3
     """Rollbacks without a new state to go back to in between, after which training fails."""
+    compare_replicas_every_n_steps: Count | None = None
+    """Steps between comparisons of the workers' models and optimizers, which must be equal to the bit; where memory
+    or a processor went wrong, the steps since the last comparison are done again. What is saved is compared as well.
+    None: they are not compared. Needs memory for one more copy of model and optimizer."""
 
     log_every_n_steps: Count = 50
     """Optimizer steps between two lines of metrics."""
@@ -203,6 +207,7 @@ class TrainingConfig(Section):
         Rule(("max_time",), conflicts.no_time),
         Rule(("use_amp", "precision"), conflicts.amp_contradicts),
         Rule(("compile_mode", "parallelism"), conflicts.compiles_shards),
+        Rule(("compare_replicas_every_n_steps", "parallelism"), conflicts.no_replicas),
         Rule(("mode", "monitor"), conflicts.wrong_mode),
         Rule(
             ("early_stopping_patience", "validate_every_n_epochs", "validate_every_n_steps", "monitor"),

@@ -47,6 +47,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
                 "validate_every_n_epochs",
                 "validate_every_n_steps",
                 "early_stopping_patience",
+                "compare_replicas_every_n_steps",
                 "save_every_n_epochs",
                 "save_every_n_steps",
             ],
