@@ -3,23 +3,26 @@
 import math
 import operator
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import reduce
 
 import torch
-from torch import nn
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import Tier
+from ray_trainer.data.batch import count_samples
+from ray_trainer.data.cutting import cut
 from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
-from ray_trainer.errors import DivergenceError
-from ray_trainer.forward import Forward
+from ray_trainer.errors import DivergenceError, MemoryShortageError
+from ray_trainer.forward import Forward, RunningStatistics
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
 from ray_trainer.hooks import StepRecord
 from ray_trainer.losses import LossResult
 from ray_trainer.metrics.sums import MetricSums
 from ray_trainer.runtime import Runtime, Stop
 from ray_trainer.seeding import seed_step
+from ray_trainer.shortage import explained
 from ray_trainer.state import Progress
 from ray_trainer.task import BatchResult, Task
 
@@ -57,6 +60,7 @@ class TrainingLoop:
         runtime: Runtime,
         seed: int,
         saving_to: Callable[[], Tier],
+        may_retry: Callable[[BaseException], bool],
     ) -> None:
         self._forward = forward
         self._task = task
@@ -67,6 +71,7 @@ class TrainingLoop:
         self._runtime = runtime
         self._seed = seed
         self._saving_to = saving_to
+        self._may_retry = may_retry
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model)
@@ -78,6 +83,7 @@ class TrainingLoop:
         self.is_whole = True
         self._data_wait_s = 0.0
         self._divergence: DivergenceError | None = None
+        self._processed: Batch = []
         self.batch_losses: list[LossResult] = []
 
     def steps(self, source: BatchSource) -> Iterator[StepRecord]:
@@ -105,12 +111,9 @@ class TrainingLoop:
         seed_step(self._seed, progress.step, self._rank)
         self._statistics.remember()
         try:
-            results = self._accumulate(step_batch)
+            results = self._accumulate_within_memory(step_batch)
         except BaseException:
-            self._forward.abandon_step()
-            self._statistics.put_back()
-            self._accumulator.discard()
-            self.is_whole = self._statistics.are_complete()
+            self._break_off()
             raise
 
         local_count = sum(float(result.loss.count) for result in results)
@@ -152,16 +155,41 @@ class TrainingLoop:
             self._divergence.on_all_ranks = True
         return verdict
 
+    def _break_off(self) -> None:
+        """Leave no trace of a step that cannot be finished."""
+        self._forward.abandon_step()
+        self._statistics.put_back()
+        self._accumulator.discard()
+        self.is_whole = self._statistics.are_complete()
+
+    def _accumulate_within_memory(self, step_batch: StepBatch) -> list[BatchResult]:
+        """As `_accumulate`; again, in smaller pieces, where memory does not suffice and that is wanted."""
+        while True:
+            try:
+                return self._accumulate(step_batch)
+            except Exception as error:
+                if not self._may_retry(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what takes the memory
+            self._break_off()
+            seed_step(self._seed, self._progress.step, self._rank)
+            self._statistics.remember()
+
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
-        num_real = len(step_batch.micro_batches) if step_batch.num_samples else 0
-        *earlier, last = self._forward.begin_step(step_batch.micro_batches)
+        pieces = self._progress.pieces_now if step_batch.num_samples else 1
+        parts = [cut(micro_batch, pieces) for micro_batch in step_batch.micro_batches]
+        batches = [piece for part in parts for piece in part]
+        self._processed = batches[0]
+        num_real = len(batches) if step_batch.num_samples else 0
+        *earlier, last = self._forward.begin_step(batches)
         results: list[BatchResult] = []
         for micro_batch in earlier:
             with self._forward.without_sync():
                 results.append(self._forward_and_backward(micro_batch, len(results) >= num_real))
         results.append(self._forward_and_backward(last, len(results) >= num_real))
-        self.batch_losses = [result.loss for result in results[: len(step_batch.micro_batches)]]
+        losses = iter([result.loss for result in results])
+        self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
         return results
 
     def _forward_and_backward(self, micro_batch: Batch, weight_zero: bool) -> BatchResult:
@@ -207,6 +235,12 @@ class TrainingLoop:
         self._statistics.put_back()
         self._accumulator.discard()
 
+    def explained(self, error: Exception) -> MemoryShortageError:
+        """What to raise when memory did not suffice in or after the step in progress."""
+        where = f"step {self._progress.step + 1}"
+        num_samples = count_samples(self._processed) if len(self._processed) else 0
+        return explained(error, where, num_samples, self._forward.model, self._accumulator.optimizer)
+
     def take_data_wait_s(self) -> float:
         """Seconds this rank has waited for data since the last call."""
         waited, self._data_wait_s = self._data_wait_s, 0.0
@@ -215,6 +249,13 @@ class TrainingLoop:
     def restart_clock(self) -> None:
         """Training starts now: set-up does not count as time of the first step."""
         self._clock = time.monotonic()
+
+
+def _joined(losses: list[LossResult]) -> LossResult:
+    """The loss of a micro-batch that was processed in pieces."""
+    if len(losses) == 1:
+        return losses[0]
+    return LossResult(sum(loss.sum for loss in losses[1:]) + losses[0].sum, sum(loss.count for loss in losses))
 
 
 def _weightless(result: BatchResult) -> BatchResult:
@@ -229,38 +270,3 @@ def _row(results: list[BatchResult]) -> tuple[torch.Tensor | int, ...]:
     if len(rows) == 1:
         return rows[0]
     return tuple(sum(column[1:], start=column[0]) for column in zip(*rows, strict=True))
-
-
-class RunningStatistics:
-    """The running means and variances of normalisation layers, as they were before the step.
-
-    A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
-    would stay in them for ever.
-
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._live = [buffer for layer in layers for buffer in layer.buffers()]
-        self._saved = [buffer.clone() for buffer in self._live]
-        known = {id(buffer) for buffer in self._live}
-        self._model = model
-        self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
-        self._versions: list[int] = []
-
-    def remember(self) -> None:
-        """Keep the values of this moment."""
-        if self._live:
-            torch._foreach_copy_(self._saved, self._live)
-        self._versions = [buffer._version for buffer in self._others]
-
-    def are_complete(self) -> bool:
-        """Whether no other buffer of the model was written or replaced since."""
-        there = {id(buffer) for buffer in self._model.buffers()}
-        is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and self._versions == [buffer._version for buffer in self._others]
-
-    def put_back(self) -> None:
-        """Return to the values that were kept."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._saved)

@@ -57,9 +57,11 @@ class Replicas:
 
     def is_due(self, is_saved: bool) -> bool:
         """Whether the state of the last completed step should be compared, because it is time, or it is saved."""
+        if not self.is_on:
+            return False
         step = self._progress.step
         is_time = step % self._every_n_steps == 0 or self._is_suspected(step)
-        return self.is_on and step != self._equal_step and (is_time or is_saved)
+        return step != self._equal_step and (is_time or is_saved)
 
     def check(self) -> bool:
         """Compare; whether the run went back to an earlier step. Collective.

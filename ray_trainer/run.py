@@ -17,6 +17,7 @@ from ray_trainer.rollback import Rollback
 from ray_trainer.runtime import Stop
 from ray_trainer.saving import Saver
 from ray_trainer.setup import Setup
+from ray_trainer.shortage import is_shortage
 from ray_trainer.triggers import Moment, any_of
 
 logger = logging.getLogger(__name__)
@@ -77,10 +78,12 @@ class Run:
             self._catch_up()
             self._loop.restart_clock()
             self._train()
-        except Exception:
+        except Exception as error:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
+            if is_shortage(error):
+                raise self._loop.explained(error) from error
             raise
 
     def _catch_up(self) -> None:

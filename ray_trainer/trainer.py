@@ -17,6 +17,7 @@ from ray_trainer.errors import ConfigError
 from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.forward import Forward
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor
+from ray_trainer.halving import Halving
 from ray_trainer.hooks import DefaultHooks, HookCaller, ResumeRecord
 from ray_trainer.initial import initialise
 from ray_trainer.journal import Journal
@@ -173,7 +174,8 @@ class Trainer:
             with distributed.same_error_everywhere():
                 setup = self._set_up(train_data, val_data, saved)
             with self._placement.trial():
-                try_first_batch(self.task, self.model, self.device, setup.sources)
+                may_need_less = config.on_out_of_memory == "halve"
+                try_first_batch(self.task, self.model, self.device, setup.sources, may_need_less)
             require_same_data(setup.data)
             interruption = self._carry_out(setup, saved, resume_from)
         self.runtime.conclude(interruption)
@@ -291,6 +293,8 @@ class Trainer:
     def _build_run(
         self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver, rewind: Rewind
     ) -> Run:
+        halving = Halving(self.training_config, self.progress, books.journal)
+        halving.recall(self.runtime.storage)
         loop = TrainingLoop(
             forward,
             self.task,
@@ -301,6 +305,7 @@ class Trainer:
             runtime=self.runtime,
             seed=self.training_config.random_seed,
             saving_to=saver.busy,
+            may_retry=halving.take,
         )
         validation = ValidationLoop(forward, self.task, self.runtime)
         rollback = Rollback(self.gradient_monitor, recorder, rewind)

@@ -48,6 +48,8 @@ def copied(value: Any, reuse: Any = None) -> Any:
         value: as in a checkpoint.
         reuse: an earlier copy of something alike; its tensors are overwritten where they fit.
     """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, Tensor):
         return _copied_tensor(value.detach(), reuse)
     if isinstance(value, np.ndarray):

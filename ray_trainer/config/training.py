@@ -188,6 +188,9 @@ class TrainingConfig(Section):
     """How many of those states are kept, the newest ones; each is as large as model and optimizer."""
     max_rollbacks: Count = 3
     """Rollbacks without a new state to go back to in between, after which training fails."""
+    on_out_of_memory: Literal["raise", "halve"] = "raise"
+    """What is done when memory does not suffice for a step: "halve" processes half as many samples at once from
+    then on, with the same global batch; several workers start again for that."""
     compare_replicas_every_n_steps: Count | None = None
     """Steps between comparisons of the workers' models and optimizers, which must be equal to the bit; where memory
     or a processor went wrong, the steps since the last comparison are done again. What is saved is compared as well.

@@ -74,6 +74,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
                 "on_data_change",
                 "on_bad_data",
                 "on_bad_gradients",
+                "on_out_of_memory",
                 "overlapping_saves",
                 "parallelism",
             ],
