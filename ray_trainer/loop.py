@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import Protocol
 
 import torch
 
@@ -25,6 +26,22 @@ from ray_trainer.seeding import seed_step
 from ray_trainer.shortage import explained
 from ray_trainer.state import Progress
 from ray_trainer.task import BatchResult, Task
+
+
+class Watch(Protocol):
+    """Is told where this rank is in a step, to know what to make of it when it gets no further."""
+
+    def enter(self, micro_batch: int) -> None:
+        """The forward pass of a micro-batch begins."""
+
+    def enter_backward(self, micro_batch: int) -> None:
+        """Its backward pass begins."""
+
+    def leave(self) -> None:
+        """All passes of the step are done."""
+
+    def failed(self, error: BaseException) -> None:
+        """This was raised."""
 
 
 class TrainingLoop:
@@ -61,6 +78,7 @@ class TrainingLoop:
         seed: int,
         saving_to: Callable[[], Tier],
         may_retry: Callable[[BaseException], bool],
+        watch: Watch,
     ) -> None:
         self._forward = forward
         self._task = task
@@ -72,6 +90,7 @@ class TrainingLoop:
         self._seed = seed
         self._saving_to = saving_to
         self._may_retry = may_retry
+        self._watch = watch
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model)
@@ -112,7 +131,8 @@ class TrainingLoop:
         self._statistics.remember()
         try:
             results = self._accumulate_within_memory(step_batch)
-        except BaseException:
+        except BaseException as error:
+            self._watch.failed(error)
             self._break_off()
             raise
 
@@ -186,15 +206,19 @@ class TrainingLoop:
         results: list[BatchResult] = []
         for micro_batch in earlier:
             with self._forward.without_sync():
-                results.append(self._forward_and_backward(micro_batch, len(results) >= num_real))
-        results.append(self._forward_and_backward(last, len(results) >= num_real))
+                results.append(self._forward_and_backward(micro_batch, len(results), num_real))
+        results.append(self._forward_and_backward(last, len(results), num_real))
+        self._watch.leave()
         losses = iter([result.loss for result in results])
         self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
         return results
 
-    def _forward_and_backward(self, micro_batch: Batch, weight_zero: bool) -> BatchResult:
+    def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
+        whole = place // self._progress.pieces_now  # of which this is a piece
+        self._watch.enter(whole)
         result = self._evaluate(micro_batch)
-        if weight_zero:
+        self._watch.enter_backward(whole)
+        if place >= num_real:
             result = _weightless(result)
         self._accumulator.backward(result.loss.sum)
         return result

@@ -36,8 +36,9 @@ def explained(
         optimizer: likewise.
     """
     taken = "; ".join(_sizes(model, optimizer))
+    samples = f"{batch_size} sample{'s' * (batch_size != 1)}"
     return MemoryShortageError(
-        f"Out of memory in {where}, with {batch_size} sample{'s' * (batch_size != 1)} at once: {_first_line(error)}. {taken}. What to do:\n"
+        f"Out of memory in {where}, with {samples} at once: {_first_line(error)}. {taken}. What to do:\n"
         f"  - lower batch_size ({batch_size}), the samples of a worker that are processed at once; with "
         "global_batch_size set, steps stay what they are\n"
         "  - set on_out_of_memory to 'halve', which does that by itself when it is needed\n"

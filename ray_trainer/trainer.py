@@ -12,6 +12,7 @@ from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedChec
 from ray_trainer.clearing import make_room
 from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import require_same_data
+from ray_trainer.crashes import Crashes
 from ray_trainer.data import BatchSource, UniversalDataModule
 from ray_trainer.errors import ConfigError
 from ray_trainer.evaluation import ValidationLoop
@@ -230,8 +231,10 @@ class Trainer:
         setup.tell(books.journal, self.progress)
         saver = self._build_saver(setup, state, books.journal)
         rewind = self._build_rewind(state, saver, books.journal)
-        run = self._build_run(setup, forward, recorder, books, saver, rewind)
-        with self._hooks.training(), closing(books.journal), closing(saver):
+        crashes = Crashes(self.training_config, self.progress, setup.sources.train, books.journal)
+        crashes.recall(self.runtime.storage)
+        run = self._build_run(setup, forward, recorder, books, saver, rewind, crashes)
+        with self._hooks.training(), closing(books.journal), closing(saver), closing(crashes):
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
             run.execute()
@@ -291,7 +294,14 @@ class Trainer:
         return Rewind(manager, state, saver, journal, self._hooks, share, self._follow_config)
 
     def _build_run(
-        self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver, rewind: Rewind
+        self,
+        setup: Setup,
+        forward: Forward,
+        recorder: Recorder,
+        books: Books,
+        saver: Saver,
+        rewind: Rewind,
+        crashes: Crashes,
     ) -> Run:
         halving = Halving(self.training_config, self.progress, books.journal)
         halving.recall(self.runtime.storage)
@@ -306,6 +316,7 @@ class Trainer:
             seed=self.training_config.random_seed,
             saving_to=saver.busy,
             may_retry=halving.take,
+            watch=crashes,
         )
         validation = ValidationLoop(forward, self.task, self.runtime)
         rollback = Rollback(self.gradient_monitor, recorder, rewind)

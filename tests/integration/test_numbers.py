@@ -1,6 +1,7 @@
 """Numbers that go wrong on one of several ranks."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,34 @@ def test_ranks_that_start_again_after_a_shortage_of_memory_on_one_take_smaller_p
     assert answers[0]["step"] == 12
     (event,) = events(tmp_path / "run", "out_of_memory")
     assert (event["step"], event["rank"], event["pieces"], event["samples_at_once"]) == (3, 1, 2, 2)
+
+
+class Fragile(Network):
+    """Takes the whole process with it at one of the samples."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and 11 in features[:, 0].int().tolist():
+            os._exit(9)
+        return super().forward(features)
+
+
+def train_fragile(run_dir: Path) -> Any:
+    experiments.Network = lambda norm: Fragile()
+    changes = {"on_bad_data": "quarantine", "max_bad_ratio": 0.1, "save_every_n_steps": 1}
+    prepared = prepare(run_dir, size=24, gradient_accumulation_steps=1, random_seed=3, **changes)
+    return carry_out(prepared).order
+
+
+def test_batch_at_which_a_process_dies_twice_is_left_out_by_all_ranks(tmp_path):
+    codes = [exit_codes(2, train_fragile, tmp_path / "run") for _ in range(2)]
+
+    orders = on_ranks(2, train_fragile, tmp_path / "run")
+
+    assert all(9 in ended for ended in codes)
+    failed = events(tmp_path / "run", "batch_failed")
+    (left_out,) = events(tmp_path / "run", "batch_quarantined")
+    assert [event["error"] for event in failed] == ["the process died"] * 2
+    assert failed[0]["samples"] == failed[1]["samples"]
+    assert 11 in left_out["samples"]
+    seen = [sample for order in orders for epoch, _, samples in order if epoch == 1 for sample in samples]
+    assert sorted(seen) == [sample for sample in range(24) if sample not in left_out["samples"]]
