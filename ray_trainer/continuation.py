@@ -23,7 +23,7 @@ _WITHOUT_EFFECT = {
     "checkpoint_dir", "save_every_n_epochs", "save_every_n_steps", "save_every_minutes", "save_interval",
     "save_budget", "overlapping_saves", "max_failed_saves", "init_from", "init_partial", "keep_last_n",
     "keep_best_k", "log_every_n_steps", "tensorboard", "run_name", "notes", "max_time", "num_loader_workers",
-    "on_data_change", "on_bad_data", "max_bad_ratio",
+    "on_data_change", "on_bad_data", "max_bad_ratio", "compare_replicas_every_n_steps",
 }  # fmt: skip
 #: Settings that decide which samples a step takes: another value is another run.
 _OF_THE_ORDER = ("random_seed", "shuffle", "drop_last", "limit_train_batches", "validation_split")

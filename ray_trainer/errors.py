@@ -13,6 +13,8 @@
     │   ├── NewerFormatError                   a later version of ray_trainer wrote it
     │   └── StateMismatchError (ValueError)    the checkpoint belongs to something else
     ├── DivergenceError (RuntimeError)         gradients or losses stopped being numbers
+    ├── CorruptionError (RuntimeError)         memory or a processor fails: replicas are not equal
+    ├── MemoryShortageError (MemoryError)      memory did not suffice; says what took it and what to change
     ├── LeaseHeldError (RuntimeError)          another process is at work on the run; says which
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
 
@@ -78,6 +80,14 @@ class LeaseHeldError(RayTrainerError, RuntimeError):
 
 class DivergenceError(RayTrainerError, RuntimeError):
     """Training stopped because its numbers went wrong too many times in a row."""
+
+
+class CorruptionError(RayTrainerError, RuntimeError):
+    """Replicas of the model that must be equal are not, and stay so; the message says which."""
+
+
+class MemoryShortageError(RayTrainerError, MemoryError):
+    """Memory of the host or of a GPU did not suffice; the message says what took it and what to change."""
 
 
 class RunError(RayTrainerError, RuntimeError):

@@ -88,6 +88,15 @@ class Journal:
         if self._events is not None:
             self._runtime.announce(event, self._events.record(event, step, epoch, **details))
 
+    def event_of_any_rank(self, event: str, step: int, epoch: int, **details: Any) -> None:
+        """As `event`, for what one rank alone knows; not in a ``fast_dev_run``."""
+        if self._events is not None:
+            self.event(event, step, epoch, **details)
+        else:
+            storage = self._runtime.storage
+            log = EventLog(storage, max(1, next_attempt(storage) - 1), writer=f"rank{distributed.rank()}")
+            log.record(event, step, epoch, **details)
+
     def event_once(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> None:
         """As `event`, unless an earlier attempt recorded the very same."""
         if self._events is None:
@@ -101,6 +110,14 @@ class Journal:
     def metrics(self, split: str, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Add a row of ``train`` or ``val``; (split, step) comes once."""
         self._writers.write({"step": step, "epoch": epoch, "split": split, **values})
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of later steps, which come again.
+
+        Raises:
+            OSError: they could not be dropped and would stand twice.
+        """
+        self._writers.rewind(step)
 
     def flush(self) -> None:
         """Bring rows to storage."""

@@ -3,25 +3,45 @@
 import math
 import operator
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import Protocol
 
 import torch
-from torch import nn
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import Tier
+from ray_trainer.data.batch import count_samples
+from ray_trainer.data.cutting import cut
 from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
-from ray_trainer.errors import DivergenceError
-from ray_trainer.forward import Forward
+from ray_trainer.errors import DivergenceError, MemoryShortageError
+from ray_trainer.forward import Forward, RunningStatistics
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
 from ray_trainer.hooks import StepRecord
 from ray_trainer.losses import LossResult
 from ray_trainer.metrics.sums import MetricSums
 from ray_trainer.runtime import Runtime, Stop
 from ray_trainer.seeding import seed_step
+from ray_trainer.shortage import explained
 from ray_trainer.state import Progress
 from ray_trainer.task import BatchResult, Task
+
+
+class Watch(Protocol):
+    """Is told where this rank is in a step, to know what to make of it when it gets no further."""
+
+    def enter(self, micro_batch: int) -> None:
+        """The forward pass of a micro-batch begins."""
+
+    def enter_backward(self, micro_batch: int) -> None:
+        """Its backward pass begins."""
+
+    def leave(self) -> None:
+        """All passes of the step are done."""
+
+    def failed(self, error: BaseException) -> None:
+        """This was raised."""
 
 
 class TrainingLoop:
@@ -40,6 +60,7 @@ class TrainingLoop:
     Attributes:
         stop: the wish to stop that all ranks agreed on with the last step.
         busy: where a checkpoint of any rank was still on its way to then.
+        wants_rollback: the last step asks to go back to a state before it; agreed on as well.
         is_whole: the model is what the last completed step left, also after an error in the next one.
         batch_losses: of this rank's micro-batches of the last step.
     """
@@ -56,6 +77,8 @@ class TrainingLoop:
         runtime: Runtime,
         seed: int,
         saving_to: Callable[[], Tier],
+        may_retry: Callable[[BaseException], bool],
+        watch: Watch,
     ) -> None:
         self._forward = forward
         self._task = task
@@ -66,6 +89,8 @@ class TrainingLoop:
         self._runtime = runtime
         self._seed = seed
         self._saving_to = saving_to
+        self._may_retry = may_retry
+        self._watch = watch
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model)
@@ -73,9 +98,11 @@ class TrainingLoop:
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
         self.stop = Stop.NONE
         self.busy = Tier.NONE
+        self.wants_rollback = False
         self.is_whole = True
         self._data_wait_s = 0.0
         self._divergence: DivergenceError | None = None
+        self._processed: Batch = []
         self.batch_losses: list[LossResult] = []
 
     def steps(self, source: BatchSource) -> Iterator[StepRecord]:
@@ -103,20 +130,20 @@ class TrainingLoop:
         seed_step(self._seed, progress.step, self._rank)
         self._statistics.remember()
         try:
-            results = self._accumulate(step_batch)
-        except BaseException:
-            self._forward.abandon_step()
-            self._statistics.put_back()
-            self._accumulator.discard()
-            self.is_whole = self._statistics.are_complete()
+            results = self._accumulate_within_memory(step_batch)
+        except BaseException as error:
+            self._watch.failed(error)
+            self._break_off()
             raise
 
         local_count = sum(float(result.loss.count) for result in results)
-        count, num_samples, seconds = self._agree(local_count, step_batch.num_samples)
+        local_loss = sum(float(r.loss.sum.detach()) for r in results) if self._monitor.needs_loss else 0.0
+        count, num_samples, seconds, loss = self._agree(local_count, step_batch.num_samples, local_loss)
         mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
         norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
-        verdict = self._judge(norm) if count else Verdict.SKIP
+        verdict = self._judge(norm, loss / count) if count else Verdict.SKIP
+        self.wants_rollback = verdict is Verdict.ROLLBACK
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
         if is_updated:
@@ -135,33 +162,63 @@ class TrainingLoop:
             learning_rate=learning_rate,
             num_samples=num_samples,
             skipped=not is_updated,
+            reason=self._monitor.finding if count else None,
         )
 
-    def _judge(self, norm: float) -> Verdict:
-        """Whether the gradients may reach the weights; equal on all ranks, because the norm is."""
+    def _judge(self, norm: float, loss: float) -> Verdict:
+        """Whether the gradients may reach the weights; equal on all ranks, because norm and loss are."""
         is_searching_scale = not math.isfinite(norm) and self._accumulator.is_searching_scale
-        verdict = self._monitor.judge(norm, is_searching_scale)
+        verdict = self._monitor.judge(norm, is_searching_scale, loss)
         if verdict is Verdict.ABORT:
             findings = self._monitor.check_gradients(self._forward.model)
             self._divergence = self._monitor.divergence(norm, findings)
             self._divergence.on_all_ranks = True
         return verdict
 
+    def _break_off(self) -> None:
+        """Leave no trace of a step that cannot be finished."""
+        self._forward.abandon_step()
+        self._statistics.put_back()
+        self._accumulator.discard()
+        self.is_whole = self._statistics.are_complete()
+
+    def _accumulate_within_memory(self, step_batch: StepBatch) -> list[BatchResult]:
+        """As `_accumulate`; again, in smaller pieces, where memory does not suffice and that is wanted."""
+        while True:
+            try:
+                return self._accumulate(step_batch)
+            except Exception as error:
+                if not self._may_retry(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what takes the memory
+            self._break_off()
+            seed_step(self._seed, self._progress.step, self._rank)
+            self._statistics.remember()
+
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
-        num_real = len(step_batch.micro_batches) if step_batch.num_samples else 0
-        *earlier, last = self._forward.begin_step(step_batch.micro_batches)
+        pieces = self._progress.pieces_now if step_batch.num_samples else 1
+        parts = [cut(micro_batch, pieces) for micro_batch in step_batch.micro_batches]
+        batches = [piece for part in parts for piece in part]
+        self._processed = batches[0]
+        num_real = len(batches) if step_batch.num_samples else 0
+        *earlier, last = self._forward.begin_step(batches)
         results: list[BatchResult] = []
         for micro_batch in earlier:
             with self._forward.without_sync():
-                results.append(self._forward_and_backward(micro_batch, len(results) >= num_real))
-        results.append(self._forward_and_backward(last, len(results) >= num_real))
-        self.batch_losses = [result.loss for result in results[: len(step_batch.micro_batches)]]
+                results.append(self._forward_and_backward(micro_batch, len(results), num_real))
+        results.append(self._forward_and_backward(last, len(results), num_real))
+        self._watch.leave()
+        losses = iter([result.loss for result in results])
+        self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
         return results
 
-    def _forward_and_backward(self, micro_batch: Batch, weight_zero: bool) -> BatchResult:
+    def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
+        whole = place // self._progress.pieces_now  # of which this is a piece
+        self._watch.enter(whole)
         result = self._evaluate(micro_batch)
-        if weight_zero:
+        self._watch.enter_backward(whole)
+        if place >= num_real:
             result = _weightless(result)
         self._accumulator.backward(result.loss.sum)
         return result
@@ -171,8 +228,8 @@ class TrainingLoop:
         with self._forward.precision():
             return self._task.evaluate(self._forward.module, batch)
 
-    def _agree(self, count: float, num_samples: int) -> tuple[float, int, float]:
-        """Count and samples of the global batch and seconds since the last step, equal on all ranks.
+    def _agree(self, count: float, num_samples: int, loss: float) -> tuple[float, int, float, float]:
+        """Count and samples of the global batch, seconds since the last step, summed loss, equal on all ranks.
 
         Wishes to stop, and checkpoints that are being written, ride on the same exchange.
         """
@@ -181,12 +238,13 @@ class TrainingLoop:
         wish, busy = self._runtime.requested_stop(), self._saving_to()
         if self._world_size == 1:
             self.stop, self.busy = wish, busy
-            return count, num_samples, seconds
-        mine = torch.tensor([[count, num_samples, wish, seconds, busy]], dtype=torch.float64)
+            return count, num_samples, seconds, loss
+        mine = torch.tensor([[count, num_samples, wish, seconds, busy, loss]], dtype=torch.float64)
         rows = distributed.gather_rows(mine)[:, 0].tolist()
         self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
         self.stop = Stop(int(max(row[2] for row in rows)))
-        return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
+        total_loss = sum(row[5] for row in rows)
+        return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3], total_loss
 
     def _settle_buckets(self, step_batch: StepBatch) -> None:
         """Make the exchange of gradients the same in every process of a run, from its first step on.
@@ -201,6 +259,12 @@ class TrainingLoop:
         self._statistics.put_back()
         self._accumulator.discard()
 
+    def explained(self, error: Exception) -> MemoryShortageError:
+        """What to raise when memory did not suffice in or after the step in progress."""
+        where = f"step {self._progress.step + 1}"
+        num_samples = count_samples(self._processed) if len(self._processed) else 0
+        return explained(error, where, num_samples, self._forward.model, self._accumulator.optimizer)
+
     def take_data_wait_s(self) -> float:
         """Seconds this rank has waited for data since the last call."""
         waited, self._data_wait_s = self._data_wait_s, 0.0
@@ -209,6 +273,13 @@ class TrainingLoop:
     def restart_clock(self) -> None:
         """Training starts now: set-up does not count as time of the first step."""
         self._clock = time.monotonic()
+
+
+def _joined(losses: list[LossResult]) -> LossResult:
+    """The loss of a micro-batch that was processed in pieces."""
+    if len(losses) == 1:
+        return losses[0]
+    return LossResult(sum(loss.sum for loss in losses[1:]) + losses[0].sum, sum(loss.count for loss in losses))
 
 
 def _weightless(result: BatchResult) -> BatchResult:
@@ -223,38 +294,3 @@ def _row(results: list[BatchResult]) -> tuple[torch.Tensor | int, ...]:
     if len(rows) == 1:
         return rows[0]
     return tuple(sum(column[1:], start=column[0]) for column in zip(*rows, strict=True))
-
-
-class RunningStatistics:
-    """The running means and variances of normalisation layers, as they were before the step.
-
-    A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
-    would stay in them for ever.
-
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._live = [buffer for layer in layers for buffer in layer.buffers()]
-        self._saved = [buffer.clone() for buffer in self._live]
-        known = {id(buffer) for buffer in self._live}
-        self._model = model
-        self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
-        self._versions: list[int] = []
-
-    def remember(self) -> None:
-        """Keep the values of this moment."""
-        if self._live:
-            torch._foreach_copy_(self._saved, self._live)
-        self._versions = [buffer._version for buffer in self._others]
-
-    def are_complete(self) -> bool:
-        """Whether no other buffer of the model was written or replaced since."""
-        there = {id(buffer) for buffer in self._model.buffers()}
-        is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and self._versions == [buffer._version for buffer in self._others]
-
-    def put_back(self) -> None:
-        """Return to the values that were kept."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._saved)

@@ -92,7 +92,8 @@ class Recorder:
         self._pace.count(record.num_samples, data_wait_s)
         self._learning_rate, self._gradient_norm = record.learning_rate, record.gradient_norm
         if record.skipped:
-            self._books.journal.event("step_skipped", record.step, record.epoch, gradient_norm=record.gradient_norm)
+            why = {"gradient_norm": record.gradient_norm} | ({"reason": record.reason} if record.reason else {})
+            self._books.journal.event("step_skipped", record.step, record.epoch, **why)
         if record.step % self._log_every_n_steps == 0:
             self._log_row()
         if self._pace.display_is_due():
@@ -110,6 +111,11 @@ class Recorder:
     def has_validated(self) -> bool:
         """The last completed step is validated."""
         return self._val.step == self.progress.step
+
+    @property
+    def row_step(self) -> int:
+        """The step of the newest row of training."""
+        return self._row_step
 
     @property
     def has_closed(self) -> bool:

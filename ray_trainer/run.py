@@ -1,6 +1,7 @@
 """One run of a training, from its state at the start to its results: epochs, safe points, saves."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -11,12 +12,30 @@ from ray_trainer.hooks import NO_REQUEST, HookCaller, Request, StepRecord, reque
 from ray_trainer.hooks.checks import Hook
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.recording import Recorder
+from ray_trainer.replicas import Replicas
+from ray_trainer.rollback import Rollback
 from ray_trainer.runtime import Stop
 from ray_trainer.saving import Saver
 from ray_trainer.setup import Setup
+from ray_trainer.shortage import is_shortage
 from ray_trainer.triggers import Moment, any_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """What keeps states of a run, and brings them back while it goes on.
+
+    Attributes:
+        saver: on storage, and in memory outside of this process.
+        rollback: in this process, for numbers that go wrong.
+        replicas: likewise, for what memory and processors do wrong.
+    """
+
+    saver: Saver
+    rollback: Rollback
+    replicas: Replicas
 
 
 class Run:
@@ -34,7 +53,7 @@ class Run:
         loop: TrainingLoop,
         validation: ValidationLoop,
         recorder: Recorder,
-        saver: Saver,
+        safeguards: Safeguards,
         hooks: HookCaller,
     ) -> None:
         self._limits = setup.limits
@@ -42,29 +61,38 @@ class Run:
         self._loop = loop
         self._validation = validation
         self._recorder = recorder
-        self._saver = saver
+        self._saver = safeguards.saver
         self._progress = recorder.progress
         self._hooks = hooks
         self._validate_at = any_of(steps=config.validate_every_n_steps, epochs=config.validate_every_n_epochs)
         self._save_requested = False
+        self._rollback = safeguards.rollback
+        self._replicas = safeguards.replicas
+        self._has_gone_back = False
         self.interruption = Stop.NONE
 
     def execute(self) -> None:
         """Train to the end, to an early stop or to an interruption. Collective."""
         try:
+            self._compare_replicas(is_saved=True)
             self._catch_up()
             self._loop.restart_clock()
             self._train()
-        except Exception:
+        except Exception as error:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
+            if is_shortage(error):
+                raise self._loop.explained(error) from error
             raise
 
     def _catch_up(self) -> None:
         """Do what belongs to the last completed step and was not done when its checkpoint was written."""
         progress = self._progress
         if progress.step == 0:
+            if self._rollback.needs_first_checkpoint():
+                self._save()
+            self._rollback.keep()
             return
         ends_epoch, is_end = self._limits.ends_epoch(progress), self._limits.reached(progress)
         if progress.epoch_logged and not is_end:
@@ -76,12 +104,17 @@ class Run:
 
     def _train(self) -> None:
         progress = self._progress
-        while not self._limits.reached(progress) and self.interruption is Stop.NONE:
+        while self._has_gone_back or (not self._limits.reached(progress) and self.interruption is Stop.NONE):
+            if self._has_gone_back:
+                self._has_gone_back = False
+                self._catch_up()
+                continue
             if progress.step_in_epoch == 0 and self._hooks.on_epoch_start is not None:
                 self._hooks.on_epoch_start(progress.epoch)
             is_whole = self._train_epoch()
-            if self.interruption is Stop.NONE:
+            if not self._has_gone_back and self.interruption is Stop.NONE:
                 self._close_epoch(is_whole)
+        self._compare_replicas(is_saved=True)  # after an interruption, if they differ, an earlier step is saved
         self._recorder.flush()
         self._saver.save_last(self._recorder.metrics())
         if self.interruption is not Stop.NONE:
@@ -92,16 +125,29 @@ class Run:
         if self._limits.ends_epoch(self._progress):
             return True
         for record in self._loop.steps(self._sources.train):
+            if self._loop.wants_rollback and self._roll_back(record):
+                return False
             self._after_step(record)
             self.interruption = max(self.interruption, self._loop.stop)
+            if self._has_gone_back:
+                return False
             if self.interruption is not Stop.NONE or self._limits.reached(self._progress):
                 return self._limits.ends_epoch(self._progress)
         return True
+
+    def _roll_back(self, record: StepRecord) -> bool:
+        """Undo what led to a step that went wrong; whether the run is at an earlier step now."""
+        self._loop.is_whole = False
+        self._has_gone_back = self._rollback.carry_out(record)
+        self._loop.is_whole = True
+        return self._has_gone_back
 
     def _after_step(self, record: StepRecord) -> None:
         self._saver.poll(self._loop.busy)
         self._recorder.step(record, self._loop.take_data_wait_s())
         self._call_after_step(record)
+        if self._compare_replicas(is_saved=self._saver.snapshot_is_due(self._loop.busy)):
+            return
         if self._saver.snapshot_is_due(self._loop.busy):
             self._recorder.flush()
             self._saver.snapshot(self._recorder.metrics())
@@ -117,6 +163,7 @@ class Run:
         is_due = self._saver.due(moment) and (must_validate or not is_resumed)
         if self._save_requested or is_due:
             self._save(may_skip=not self._save_requested)
+        self._rollback.keep()
 
     def _close_epoch(self, is_whole: bool) -> None:
         """Validate, log, save and end the epoch in progress, which a limit may have cut short."""
@@ -130,10 +177,12 @@ class Run:
         progress.epoch_logged = is_whole
         if self._save_requested or self._saver.due(moment) or self._limits.reached(progress):
             self._save()
-        self._end_epoch()
+        if not self._has_gone_back:
+            self._end_epoch()
 
     def _end_epoch(self) -> None:
         progress = self._progress
+        self._rollback.keep()
         self._ask(self._hooks.on_epoch_end, progress.epoch, self._recorder.epoch_metrics())
         if progress.epoch_logged:
             progress.complete_epoch()
@@ -154,7 +203,17 @@ class Run:
     def _save(self, may_skip: bool = False) -> None:
         self._save_requested = False
         self._recorder.flush()
-        self._saver.save(self._recorder.metrics(), may_skip)
+        if not self._compare_replicas(is_saved=True):
+            self._saver.save(self._recorder.metrics(), may_skip)
+
+    def _compare_replicas(self, is_saved: bool) -> bool:
+        """Compare them where that is due; whether they differed, so that the run is at an earlier step now."""
+        if self._replicas.is_due(is_saved):
+            self._recorder.flush()
+            self._loop.is_whole = False
+            self._has_gone_back |= self._replicas.check()
+            self._loop.is_whole = True
+        return self._has_gone_back
 
     def _call_after_step(self, record: StepRecord) -> None:
         hooks = self._hooks

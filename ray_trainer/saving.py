@@ -173,6 +173,15 @@ class Saver:
         except CheckpointError as error:
             logger.error("No checkpoint of step %d after the error: %s", self._progress.step, error)
 
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Collective."""
+        self._attempt(self._finish)
+
+    def restart(self) -> None:
+        """The run has gone back to an earlier step, of which nothing is saved as far as this knows."""
+        self._saved, self._retry_at_s = None, math.inf
+        self.saved_at_s = self._progress.elapsed_s
+
     def close(self) -> None:
         """Free the memory of snapshots; a checkpoint that is being written is given up."""
         self._manager.close()

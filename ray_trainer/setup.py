@@ -22,6 +22,7 @@ from ray_trainer.errors import ConfigError, DataError, RayTrainerError
 from ray_trainer.initial import InitialWeights
 from ray_trainer.journal import Journal
 from ray_trainer.seeding import isolated_rng
+from ray_trainer.shortage import explained, is_shortage
 from ray_trainer.state import Progress
 from ray_trainer.task import Task, TaskSpec
 
@@ -83,17 +84,20 @@ class Sources:
         train: this rank's part of each step.
         val: this rank's part of validation, or None.
         micro_batches_a_step: of each rank, in a full step.
+        batch_size: samples of a micro-batch.
     """
 
     train: BatchSource
     val: BatchSource | None
     micro_batches_a_step: int
+    batch_size: int
 
     @classmethod
     def of(cls, config: TrainingConfig, data: UniversalDataModule, global_batch_size: int) -> "Sources":
         """Those of a run's data."""
         plan = train_plan(config, global_batch_size)
-        return cls(data.train_source(plan), data.val_source(validation_plan(config)), plan.micro_batches_a_step)
+        val = data.val_source(validation_plan(config))
+        return cls(data.train_source(plan), val, plan.micro_batches_a_step, config.batch_size)
 
 
 @dataclass(frozen=True)
@@ -244,11 +248,21 @@ def choose_monitor(config: TrainingConfig, metric_names: tuple[str, ...], valida
     return config.monitor
 
 
-def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources: Sources) -> None:
+def try_first_batch(
+    task: Task, model: nn.Module, device: torch.device, sources: Sources, may_need_less: bool = False
+) -> None:
     """Run the first batch of each source through model and loss, without a trace in either.
+
+    Args:
+        task: reads a batch.
+        model: on the device.
+        device: where batches go.
+        sources: of training and validation.
+        may_need_less: memory that does not suffice is no error here, because training can do with less.
 
     Raises:
         DataError: data and model do not fit; says what does not.
+        MemoryShortageError: they do not fit into memory.
     """
     was_training = model.training
     model.eval()
@@ -260,6 +274,10 @@ def try_first_batch(task: Task, model: nn.Module, device: torch.device, sources:
     except (RayTrainerError, OSError):
         raise
     except Exception as error:  # the user's model may raise anything, and none of it gets better by waiting
+        if is_shortage(error):
+            if may_need_less:
+                return
+            raise explained(error, "the first batch", sources.batch_size, model) from error
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
             f"The first batch fails in the model or the loss: {type(error).__name__}: {error} "

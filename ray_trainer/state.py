@@ -1,7 +1,7 @@
 """What a run must keep to go on as if it had never stopped, registered part by part under a name."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from ray_trainer.errors import StateMismatchError
@@ -34,6 +34,7 @@ class Progress:
         elapsed_s: time spent in training, over all attempts, without what was done twice.
         epoch_elapsed_s: the part of it that belongs to the epoch in progress.
         epoch_logged: the epoch in progress is finished, validated and in the history.
+        pieces: (step, number of pieces): from that step on each micro-batch is processed in so many pieces.
         stop_reason: why the run ended before its configured length, if it did.
     """
 
@@ -46,6 +47,12 @@ class Progress:
     epoch_elapsed_s: float = 0.0
     epoch_logged: bool = False
     stop_reason: str | None = None
+    pieces: list[list[int]] = field(default_factory=list)
+
+    @property
+    def pieces_now(self) -> int:
+        """In how many pieces the next step processes a micro-batch."""
+        return max((pieces for step, pieces in self.pieces if step <= self.step + 1), default=1)
 
     @property
     def last_epoch(self) -> int:
@@ -80,8 +87,9 @@ class Progress:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over all fields."""
-        for field in fields(self):
-            setattr(self, field.name, state_dict[field.name])
+        for item in fields(self):
+            if item.name != "pieces" or item.name in state_dict:  # checkpoints of 0.1 do not have it
+                setattr(self, item.name, state_dict[item.name])
 
 
 class TrainState:
@@ -110,9 +118,17 @@ class TrainState:
                 f"The checkpoint holds the parts {sorted(state_dict)}, this run has {sorted(self._parts)}. "
                 "Resume with the same hooks, schedule and precision, or start a new run."
             )
-        for name, part in self._parts.items():
+        self.load_parts(state_dict)
+
+    def load_parts(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore those parts that are there, all of which must be registered.
+
+        Raises:
+            StateMismatchError: a part refuses its state.
+        """
+        for name, state in state_dict.items():
             try:
-                part.load_state_dict(state_dict[name])
+                self._parts[name].load_state_dict(state)
             except (KeyError, ValueError, RuntimeError, TypeError) as error:
                 raise StateMismatchError(
                     f"The checkpoint's '{name}' does not fit this run: {error}. "

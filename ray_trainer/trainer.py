@@ -12,11 +12,13 @@ from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedChec
 from ray_trainer.clearing import make_room
 from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import require_same_data
+from ray_trainer.crashes import Crashes
 from ray_trainer.data import BatchSource, UniversalDataModule
 from ray_trainer.errors import ConfigError
 from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.forward import Forward
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor
+from ray_trainer.halving import Halving
 from ray_trainer.hooks import DefaultHooks, HookCaller, ResumeRecord
 from ray_trainer.initial import initialise
 from ray_trainer.journal import Journal
@@ -34,7 +36,10 @@ from ray_trainer.optim import (
 from ray_trainer.ownership import owned
 from ray_trainer.placement import Placement, place_model
 from ray_trainer.recording import Books, Recorder
-from ray_trainer.run import Run
+from ray_trainer.replicas import Replicas
+from ray_trainer.rewind import Rewind
+from ray_trainer.rollback import Rollback
+from ray_trainer.run import Run, Safeguards
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
 from ray_trainer.saving import Audience, Saver
 from ray_trainer.seeding import deterministic_mode, set_random_seed
@@ -131,10 +136,7 @@ class Trainer:
             training_config.max_grad_norm,
             scaler=build_scaler(training_config, self.device),
         )
-        self.gradient_monitor = GradientMonitor(
-            max_consecutive_failures=training_config.max_consecutive_bad_steps,
-            explosion_threshold=training_config.gradient_explosion_threshold,
-        )
+        self.gradient_monitor = GradientMonitor.of(training_config)
         self.metrics_tracker = MetricsTracker()
         self.checkpoint_manager = CheckpointManager(
             self.runtime.storage,
@@ -173,7 +175,8 @@ class Trainer:
             with distributed.same_error_everywhere():
                 setup = self._set_up(train_data, val_data, saved)
             with self._placement.trial():
-                try_first_batch(self.task, self.model, self.device, setup.sources)
+                may_need_less = config.on_out_of_memory == "halve"
+                try_first_batch(self.task, self.model, self.device, setup.sources, may_need_less)
             require_same_data(setup.data)
             interruption = self._carry_out(setup, saved, resume_from)
         self.runtime.conclude(interruption)
@@ -227,8 +230,11 @@ class Trainer:
         books.journal.open(saved)
         setup.tell(books.journal, self.progress)
         saver = self._build_saver(setup, state, books.journal)
-        run = self._build_run(setup, forward, recorder, books, saver)
-        with self._hooks.training(), closing(books.journal), closing(saver):
+        rewind = self._build_rewind(state, saver, books.journal)
+        crashes = Crashes(self.training_config, self.progress, setup.sources.train, books.journal)
+        crashes.recall(self.runtime.storage)
+        run = self._build_run(setup, forward, recorder, books, saver, rewind, crashes)
+        with self._hooks.training(), closing(books.journal), closing(saver), closing(crashes):
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
             run.execute()
@@ -283,7 +289,22 @@ class Trainer:
         audience = Audience(self.runtime, journal, self._hooks)
         return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience, self._memory)
 
-    def _build_run(self, setup: Setup, forward: Forward, recorder: Recorder, books: Books, saver: Saver) -> Run:
+    def _build_rewind(self, state: TrainState, saver: Saver, journal: Journal) -> Rewind:
+        manager, share = self.checkpoint_manager, self._placement.share
+        return Rewind(manager, state, saver, journal, self._hooks, share, self._follow_config)
+
+    def _build_run(
+        self,
+        setup: Setup,
+        forward: Forward,
+        recorder: Recorder,
+        books: Books,
+        saver: Saver,
+        rewind: Rewind,
+        crashes: Crashes,
+    ) -> Run:
+        halving = Halving(self.training_config, self.progress, books.journal)
+        halving.recall(self.runtime.storage)
         loop = TrainingLoop(
             forward,
             self.task,
@@ -294,9 +315,15 @@ class Trainer:
             runtime=self.runtime,
             seed=self.training_config.random_seed,
             saving_to=saver.busy,
+            may_retry=halving.take,
+            watch=crashes,
         )
         validation = ValidationLoop(forward, self.task, self.runtime)
-        return Run(self.training_config, setup, loop, validation, recorder, saver, self._hooks)
+        rollback = Rollback(self.gradient_monitor, recorder, rewind)
+        every_n_steps = self.training_config.compare_replicas_every_n_steps
+        replicas = Replicas(every_n_steps, self.model, self.progress, rewind)
+        safeguards = Safeguards(saver, rollback, replicas)
+        return Run(self.training_config, setup, loop, validation, recorder, safeguards, self._hooks)
 
     def _results(self, monitor: str) -> dict[str, Any]:
         history = self.metrics_tracker.metrics_history

@@ -71,6 +71,9 @@ class Diary:
     def on_training_start(self) -> None:
         self._model.seen = []
 
+    def on_resume(self, record: Any) -> None:
+        self._model.seen = []
+
     def on_epoch_start(self, epoch: int) -> None:
         self._called("on_epoch_start")
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from ray_trainer.checkpoint.commit import Commit, files_of_rank
 from ray_trainer.checkpoint.direct import CheckpointMetadata
 from ray_trainer.checkpoint.layout import checkpoint_order, discard
 from ray_trainer.checkpoint.manifest import MANIFEST, CheckpointMeta
-from ray_trainer.checkpoint.restore import LoadedCheckpoint, load_named, restore_on_all_ranks, select
+from ray_trainer.checkpoint.restore import (
+    LoadedCheckpoint,
+    Selection,
+    load_first_whole,
+    load_named,
+    newest_first,
+    restore_on_all_ranks,
+    select,
+    set_aside,
+)
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
 from ray_trainer.checkpoint.shards import Share
 from ray_trainer.checkpoint.writer import SMALL_BYTES, BackgroundWriter, DirectWriter, Writer
@@ -152,6 +162,22 @@ class CheckpointManager:
             self._rejected.update(rejection.name for rejection in rejected)
         self._records = None
         return loaded
+
+    def restore_up_to(self, step: int, share: Share | None = None) -> LoadedCheckpoint | None:
+        """As `restore` of the newest, but of those up to a step; None if there is none. Collective."""
+
+        def find() -> Selection:
+            found = ((name, checkpoint_order(name)) for name in newest_first(self.storage))
+            names = [name for name, order in found if order is not None and order.step <= step]
+            return load_first_whole(self.storage, names, lambda broken: set_aside(self.storage, broken), share)
+
+        loaded, _ = restore_on_all_ranks(find, share)
+        self._records = None
+        return loaded
+
+    def keep_for(self, step: int) -> None:
+        """Keep, from now on, the newest checkpoint of those up to a step, because the run may go back to it."""
+        self.policy = replace(self.policy, needed_step=step)
 
     def clean_leftovers(self) -> list[str]:
         """Delete what saves that were never finished left behind; returns their names.

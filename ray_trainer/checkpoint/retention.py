@@ -21,12 +21,14 @@ class RetentionPolicy:
         keep_best_k: how many of the best.
         monitor: the metric that decides.
         mode: whether less or more of it is better.
+        needed_step: the run may go back to this step, so the newest of those up to it stays; None for no such.
     """
 
     keep_last_n: int | None
     keep_best_k: int
     monitor: str
     mode: Mode
+    needed_step: int | None = None
 
     def __post_init__(self) -> None:
         errors = []
@@ -66,5 +68,9 @@ class RetentionPolicy:
             return []
         kept = {record.name for record in list(records)[-self.keep_last_n :]}
         kept |= {record.name for record in self.best_first(records)[: self.keep_best_k]}
+        kept |= {record.name for record in self._before_needed(records)[-1:]}
         kept |= set(protected)
         return [record for record in records if record.name not in kept]
+
+    def _before_needed(self, records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
+        return [] if self.needed_step is None else [record for record in records if record.step <= self.needed_step]

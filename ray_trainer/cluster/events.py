@@ -77,6 +77,11 @@ def tell(event: Mapping[str, Any]) -> str | None:
             return f"of the {split} data, {rows} rows and {files} files are left out because they are bad"
         case {"event": "step_skipped", "step": step, "gradient_norm": norm}:
             return f"step {step} was skipped: its gradient norm is {norm}"
+        case {"event": "rolled_back", "step": step, "to_step": target, "reason": reason}:
+            return f"back from step {step} to the state of step {target}: {reason}"
+        case {"event": "corruption", "step": step, "ranks": ranks, "tensors": tensors}:
+            who = f"of rank {', '.join(map(str, ranks))}" if ranks else "of an unknown rank"
+            return f"memory or a processor {who} went wrong before step {step}, in {', '.join(tensors)}"
     return None
 
 

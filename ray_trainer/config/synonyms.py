@@ -68,8 +68,12 @@ _NAMES = {
         "num_to_keep keep_last"
     ),
     "keep_best_k": "save_top_k keep_best_only keep_best top_k load_best_model_at_end",
-    "max_consecutive_bad_steps": "max_bad_steps max_nan_steps detect_nan skip_nan terminate_on_nan",
+    "on_bad_gradients": "on_nan nan_policy detect_nan skip_nan terminate_on_nan",
+    "max_consecutive_bad_steps": "max_bad_steps max_nan_steps",
+    "on_spike": "spike_policy loss_spike on_loss_spike skip_spikes",
     "gradient_explosion_threshold": "explosion_threshold max_gradient_norm grad_norm_threshold",
+    "on_out_of_memory": "auto_find_batch_size device_train_microbatch_size on_oom",
+    "compare_replicas_every_n_steps": "check_replicas_every_n_steps sdc_check_interval check_weight_hash_across_dp",
     "log_every_n_steps": "logging_steps log_every log_interval log_freq log_steps logging_interval",
     "tensorboard": "use_tensorboard tensorboard_dir report_to",
     "run_name": "name experiment_name wandb_run_name",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from ray_trainer.config import conflicts
 from ray_trainer.config.documents import read_document, write_document
 from ray_trainer.config.fields import (
     Count,
@@ -40,49 +41,6 @@ _LABELS = frozenset({"run_name"})  # say which run it is, not how it trains
 def _seconds(text: str) -> float:
     parts = [int(part) for part in text.split(":")]
     return float(sum(part * unit for part, unit in zip(reversed(parts), (1, 60, 3600, 86400), strict=False)))
-
-
-def _no_time(config: "TrainingConfig") -> str | None:
-    if config.max_time_s == 0:
-        return "no time at all; write a longer one, or leave it out to train without a limit"
-    return None
-
-
-def _amp_contradicts(config: "TrainingConfig") -> str | None:
-    if config.use_amp is False and config.precision != "fp32":
-        return f"contradicts precision = {config.precision!r}; leave use_amp out, or set precision to 'fp32'"
-    return None
-
-
-def _compiles_shards(config: "TrainingConfig") -> str | None:
-    if config.compile_mode is not None and config.parallelism == "fsdp":
-        return "does not go together with parallelism = 'fsdp'; leave one of them out"
-    return None
-
-
-def _wrong_mode(config: "TrainingConfig") -> str | None:
-    quantity = config.monitor.replace("/", "_").rpartition("_")[2]
-    better = {"loss": "min", "perplexity": "min", "accuracy": "max"}.get(quantity, config.mode)
-    if config.mode != better:
-        return f"takes the worst for the best, since monitor is {config.monitor!r}; set mode to {better!r}"
-    return None
-
-
-def _never_validates(config: "TrainingConfig") -> str | None:
-    validates = config.validate_every_n_epochs or config.validate_every_n_steps
-    if config.early_stopping_patience and not validates and config.monitor.startswith("val"):
-        return (
-            f"never stops anything, since monitor is {config.monitor!r} and validation is off; "
-            "set validate_every_n_epochs or validate_every_n_steps"
-        )
-    return None
-
-
-def _phases_overlap(config: "TrainingConfig") -> str | None:
-    warmup = config.warmup_ratio if config.warmup_steps is None else 0.0
-    if config.lr_scheduler_type == "wsd" and warmup + config.decay_ratio > 1:
-        return f"and warmup_ratio = {warmup} are together more than the whole run; their sum must be at most 1"
-    return None
 
 
 @dataclass
@@ -210,10 +168,33 @@ class TrainingConfig(Section):
     keep_best_k: CountOrZero = 3
     """Best checkpoints by `monitor` that are kept besides."""
 
+    on_bad_gradients: Literal["skip", "rollback", "raise"] = "skip"
+    """What is done at a step with a loss or gradients that are NaN or infinite: "skip" leaves the weights alone,
+    "rollback" also goes back to an earlier state and past the batches since then, "raise" ends the run."""
     max_consecutive_bad_steps: Count = 3
-    """Steps in a row with NaN or infinite gradients, each of which is skipped, after which training fails."""
+    """Steps in a row that are skipped, for bad gradients or a spike, after which training fails."""
     gradient_explosion_threshold: Positive | None = None
-    """Gradient norm above which a step is skipped as well. None: any finite norm is accepted."""
+    """Gradient norm above which gradients are bad as well. None: any finite norm is accepted."""
+    on_spike: Literal["skip", "rollback", "raise"] | None = None
+    """The same for a step whose loss or gradient norm jumps above what it usually is. None: any is accepted."""
+    spike_threshold: Positive = 8.0
+    """How far above the median of the steps before counts as a spike, in robust standard deviations (1.48 times
+    the median absolute deviation, but at least 5 % of the median)."""
+    spike_window: Annotated[int, Field(ge=8)] = 100
+    """Accepted steps that a step is compared with; before there are so many, nothing is a spike."""
+    rollback_points_every_n_steps: Count = 100
+    """Steps between states that are kept in memory to go back to, where anything is set to "rollback"."""
+    num_rollback_points: Count = 2
+    """How many of those states are kept, the newest ones; each is as large as model and optimizer."""
+    max_rollbacks: Count = 3
+    """Rollbacks without a new state to go back to in between, after which training fails."""
+    on_out_of_memory: Literal["raise", "halve"] = "raise"
+    """What is done when memory does not suffice for a step: "halve" processes half as many samples at once from
+    then on, with the same global batch; several workers start again for that."""
+    compare_replicas_every_n_steps: Count | None = None
+    """Steps between comparisons of the workers' models and optimizers, which must be equal to the bit; where memory
+    or a processor went wrong, the steps since the last comparison are done again. What is saved is compared as well.
+    None: they are not compared. Needs memory for one more copy of model and optimizer."""
 
     log_every_n_steps: Count = 50
     """Optimizer steps between two lines of metrics."""
@@ -226,15 +207,16 @@ class TrainingConfig(Section):
 
     other_names: ClassVar[Mapping[str, str]] = TRAINING_SYNONYMS
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(("max_time",), _no_time),
-        Rule(("use_amp", "precision"), _amp_contradicts),
-        Rule(("compile_mode", "parallelism"), _compiles_shards),
-        Rule(("mode", "monitor"), _wrong_mode),
+        Rule(("max_time",), conflicts.no_time),
+        Rule(("use_amp", "precision"), conflicts.amp_contradicts),
+        Rule(("compile_mode", "parallelism"), conflicts.compiles_shards),
+        Rule(("compare_replicas_every_n_steps", "parallelism"), conflicts.no_replicas),
+        Rule(("mode", "monitor"), conflicts.wrong_mode),
         Rule(
             ("early_stopping_patience", "validate_every_n_epochs", "validate_every_n_steps", "monitor"),
-            _never_validates,
+            conflicts.never_validates,
         ),
-        Rule(("decay_ratio", "warmup_ratio", "warmup_steps", "lr_scheduler_type"), _phases_overlap),
+        Rule(("decay_ratio", "warmup_ratio", "warmup_steps", "lr_scheduler_type"), conflicts.phases_overlap),
     )
 
     @property

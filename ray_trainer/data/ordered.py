@@ -1,7 +1,8 @@
 """Steps of a dataset with random access: exact from any position, with any number of ranks."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import tee
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ray_trainer.data.batch import Batch, BatchPlan, StepBatch
+from ray_trainer.data.crashing import CrashingSamples, without
 from ray_trainer.data.deal import Deal, Share
 from ray_trainer.data.description import DataDescription
 from ray_trainer.data.indexed import IndexedDataset
@@ -37,7 +39,9 @@ class OrderedSource:
         self._dataset = dataset
         self._plan = plan
         sizes = getattr(dataset, "block_sizes", None)
-        self._deal = Deal(SampleOrder(len(dataset), plan.seed, plan.shuffle, sizes), plan)
+        self._order = SampleOrder(len(dataset), plan.seed, plan.shuffle, sizes)
+        self._deal = Deal(self._order, plan)
+        self._crashing: tuple[CrashingSamples, ...] = ()
         self._announce = getattr(dataset, "announce", _to_nobody)
 
     @property
@@ -81,9 +85,20 @@ class OrderedSource:
             start: global batches of the epoch that were trained on already.
         """
         shares = self._deal.shares(epoch, start, self._announce)
+        shares = without(shares, self._crashing, epoch, start, len(self._dataset))
         if self._plan.num_loader_workers and self._dataset.reads_in_processes:
             return self._read_in_processes(shares, epoch)
         return self._read_here(shares, epoch)
+
+    def leave_out(self, crashing: Sequence[CrashingSamples]) -> None:
+        """Use these samples no more, each from its step on; the order of the others stays what it is."""
+        self._crashing = tuple(crashing)
+
+    def samples_at(self, epoch: int, step_in_epoch: int, rank: int, world_size: int) -> list[Indices]:
+        """Which samples a rank's micro-batches have at a step, as `steps` gives them."""
+        deal = Deal(self._order, replace(self._plan, rank=rank, world_size=world_size))
+        shares = deal.shares(epoch, step_in_epoch, _to_nobody)
+        return next(without(shares, self._crashing, epoch, step_in_epoch, len(self._dataset))).micro_batches
 
     def _read_here(self, shares: Iterator[Share], epoch: int) -> Iterator[StepBatch]:
         fetch = self._dataset.fetch

@@ -92,10 +92,14 @@ class GradientAccumulator:
         self._last_norm: Tensor | float | None = None
 
     def backward(self, loss_sum: Tensor) -> None:
-        """Add the gradients of one micro-batch's summed loss."""
+        """Add the gradients of one micro-batch's summed loss.
+
+        A loss that is NaN or infinite makes all of them NaN, so that the one norm tells every rank of it.
+        """
         if self._scaler is not None:
             loss_sum = self._scaler.scale(loss_sum / self._loss_divisor)
-        loss_sum.backward()  # type: ignore[no-untyped-call]
+        one = loss_sum.detach() * 0 + 1  # NaN for such a loss
+        loss_sum.backward(one)  # type: ignore[no-untyped-call]
         self._pending_micro_batches += 1
 
     def norm(self, total_count: float) -> Tensor:

@@ -1,20 +1,23 @@
-"""Whether a step's gradients may reach the weights, and what is wrong with them when they may not."""
+"""Whether a step's gradients may reach the weights."""
 
 import logging
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import DivergenceError
-from ray_trainer.gradients.norms import whole
+from ray_trainer.gradients.health import GradientHealth, check_gradient_health
+from ray_trainer.gradients.points import RollbackPoints
+from ray_trainer.gradients.spikes import SpikeDetector
 
 logger = logging.getLogger(__name__)
 
-_LISTED_LAYERS = 5
+Action = Literal["skip", "rollback", "raise"]
+"""What is done at a step that may not reach the weights."""
 
 
 class Verdict(Enum):
@@ -22,55 +25,39 @@ class Verdict(Enum):
 
     STEP = "step"
     SKIP = "skip"
+    ROLLBACK = "rollback"
     ABORT = "abort"
 
 
 @dataclass(frozen=True)
-class GradientHealth:
-    """What a scan of a model's gradients found, layer by layer.
+class Policy:
+    """What is done at which steps.
 
     Attributes:
-        has_nan: some gradient holds a NaN.
-        has_inf: some gradient holds an infinity.
-        max_norm: the largest norm of one parameter's gradient; NaN if one is.
-        min_norm: the smallest that is above zero; 0 if there is none.
-        affected_layers: parameters with NaN or infinity, as ``"name (NaN)"``, ``"name (Inf)"`` or both.
-        vanishing_layers: parameters whose norm is below the threshold, zero excepted.
-        exploding_layers: parameters whose norm is above the threshold.
+        on_bad_gradients: at a norm that is NaN, infinite or above the threshold.
+        on_spike: at a spike; None does not look for any.
     """
 
-    has_nan: bool
-    has_inf: bool
-    max_norm: float
-    min_norm: float
-    affected_layers: tuple[str, ...] = ()
-    vanishing_layers: tuple[str, ...] = ()
-    exploding_layers: tuple[str, ...] = ()
+    on_bad_gradients: Action = "skip"
+    on_spike: Action | None = None
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether nothing was found."""
-        return not (self.affected_layers or self.vanishing_layers or self.exploding_layers)
-
-    def describe(self) -> str:
-        """The findings in one sentence, for logs and errors."""
-        findings = [
-            f"{finding} in {_listed(layers)}"
-            for finding, layers in (
-                ("values that are not finite", self.affected_layers),
-                ("exploding gradients", self.exploding_layers),
-                ("vanishing gradients", self.vanishing_layers),
-            )
-            if layers
-        ]
-        return "; ".join(findings) or "no single layer stands out"
+    def rolls_back(self) -> bool:
+        """Whether earlier states are needed."""
+        return "rollback" in (self.on_bad_gradients, self.on_spike)
 
 
 class GradientMonitor:
-    """Judges every step by the one norm that is equal on all ranks, and counts failures in a row.
+    """Judges every step by numbers that are equal on all ranks, and counts failures in a row.
 
-    A failure is a norm that is NaN, infinite or above ``explosion_threshold``: its step is skipped. Too many
-    in a row end the training, since skipping does not help any more.
+    A failure is a norm that is NaN, infinite or above ``explosion_threshold``, or a spike: its step is skipped,
+    or the training goes back to an earlier state, as the policy says. A loss that is no number makes a norm that
+    is none, see `GradientAccumulator.backward`. Too many failures in a row end the training, since skipping does
+    not help any more.
+
+    Attributes:
+        finding: what is wrong with the step that was judged last; None where nothing is.
+        points: the states to go back to.
     """
 
     def __init__(
@@ -78,6 +65,9 @@ class GradientMonitor:
         max_consecutive_failures: int = 3,
         explosion_threshold: float | None = None,
         vanishing_threshold: float | None = None,
+        policy: Policy | None = None,
+        spikes: SpikeDetector | None = None,
+        points: RollbackPoints | None = None,
     ) -> None:
         """Set the limits.
 
@@ -86,6 +76,9 @@ class GradientMonitor:
             explosion_threshold: largest norm of the whole mean gradient, before clipping, that is still used;
                 in a scan, of one layer. None for no limit.
             vanishing_threshold: layers below it are named in a scan; None for never. No reason to skip.
+            policy: what is done about a failure; bad gradients are skipped by default.
+            spikes: finds them, where the policy wants to know.
+            points: the states to go back to.
         """
         if max_consecutive_failures < 1:
             raise ValueError(f"max_consecutive_failures must be >= 1, not {max_consecutive_failures}. 1: at the first.")
@@ -98,28 +91,65 @@ class GradientMonitor:
         self.max_consecutive_failures = max_consecutive_failures
         self.explosion_threshold = explosion_threshold
         self.vanishing_threshold = vanishing_threshold
+        self.policy = policy or Policy()
+        self.points = points or RollbackPoints()
+        self.finding: str | None = None
         self.consecutive_failures = 0
         self.total_failures = 0
+        self._spikes = spikes or SpikeDetector()
 
-    def judge(self, norm: float, is_searching_scale: bool = False) -> Verdict:
+    @classmethod
+    def of(cls, config: TrainingConfig) -> Self:
+        """That of a configuration."""
+        return cls(
+            max_consecutive_failures=config.max_consecutive_bad_steps,
+            explosion_threshold=config.gradient_explosion_threshold,
+            policy=Policy(config.on_bad_gradients, config.on_spike),
+            spikes=SpikeDetector(config.spike_threshold, config.spike_window),
+            points=RollbackPoints(
+                config.rollback_points_every_n_steps, config.num_rollback_points, config.max_rollbacks
+            ),
+        )
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether `judge` wants to know the loss."""
+        return self.policy.on_spike is not None
+
+    def judge(self, norm: float, is_searching_scale: bool = False, loss: float | None = None) -> Verdict:
         """Decide about a step and count it.
 
         Args:
             norm: of the whole gradient, equal on all ranks.
             is_searching_scale: fp16's loss scale may still be too large; then a norm that is not finite is a
                 part of the search: skipped, but no failure.
+            loss: mean over the global batch, equal on all ranks, where `needs_loss`.
         """
-        limit = math.inf if self.explosion_threshold is None else self.explosion_threshold
-        if math.isfinite(norm) and norm <= limit:
-            self.consecutive_failures = 0
-            return Verdict.STEP
+        self.finding = None
         if is_searching_scale and not math.isfinite(norm):
             return Verdict.SKIP
+        action = self._find(norm, loss)
+        if action is None:
+            self.consecutive_failures = 0
+            if self.needs_loss:
+                self._spikes.accept(norm, loss)
+            return Verdict.STEP
         self.consecutive_failures += 1
         self.total_failures += 1
-        if self.consecutive_failures >= self.max_consecutive_failures:
-            return Verdict.ABORT
-        return Verdict.SKIP
+        if action == "rollback":
+            return Verdict.ROLLBACK
+        is_enough = self.consecutive_failures >= self.max_consecutive_failures
+        return Verdict.ABORT if is_enough or action == "raise" else Verdict.SKIP
+
+    def _find(self, norm: float, loss: float | None) -> Action | None:
+        """Keep what is wrong with a step as `finding`; what to do about it, if anything."""
+        limit = math.inf if self.explosion_threshold is None else self.explosion_threshold
+        if not (math.isfinite(norm) and norm <= limit):
+            self.finding = f"gradient norm {norm:.4g}"
+            return self.policy.on_bad_gradients
+        if self.policy.on_spike is not None:
+            self.finding = self._spikes.find(norm, loss)
+        return None if self.finding is None else self.policy.on_spike
 
     def divergence(self, norm: float, findings: GradientHealth | None = None) -> DivergenceError:
         """The error to raise after `Verdict.ABORT`.
@@ -132,14 +162,18 @@ class GradientMonitor:
         failures = self.consecutive_failures
         return DivergenceError(
             f"Training unstable: {failures} consecutive gradient failure{'s' * (failures != 1)}, "
-            f"the last with a gradient norm of {norm}.{where} "
+            f"the last with a gradient norm of {norm}{self._more()}.{where} "
             "The weights are those before them. Remediation steps:\n"
             "  - lower learning_rate, or lengthen the warm-up (warmup_ratio, warmup_steps)\n"
             "  - lower max_grad_norm to clip harder\n"
             "  - look for NaN or extreme values in the inputs and labels of these steps\n"
             "  - with precision fp16-mixed try bf16-mixed or fp32\n"
+            "  - set on_bad_gradients or on_spike to 'rollback' to go back to a state before them\n"
             "  - raise max_consecutive_bad_steps if such steps are expected"
         )
+
+    def _more(self) -> str:
+        return f" ({self.finding})" if self.finding and "loss" in self.finding else ""
 
     def check_gradients(self, model: nn.Module) -> GradientHealth:
         """Scan all gradients of a model, layer by layer; log what is wrong. See `check_gradient_health`."""
@@ -154,77 +188,18 @@ class GradientMonitor:
         self.total_failures = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of failures."""
-        return {"consecutive_failures": self.consecutive_failures, "total_failures": self.total_failures}
+        """The counts of failures, what steps are compared with, and the states to go back to."""
+        return {
+            "consecutive_failures": self.consecutive_failures,
+            "total_failures": self.total_failures,
+            "spikes": self._spikes.state_dict(),
+            "points": self.points.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting."""
         self.consecutive_failures = state_dict["consecutive_failures"]
         self.total_failures = state_dict["total_failures"]
-
-
-def check_gradient_health(
-    model: nn.Module, vanishing_threshold: float | None = None, explosion_threshold: float | None = None
-) -> GradientHealth:
-    """Look at the gradient of every parameter; those without one are left out.
-
-    For diagnosis, not for every step: it waits for the device once, and once more for each layer with a norm
-    that is not finite. Collective under FSDP.
-
-    Args:
-        model: after a backward pass, before the gradients are zeroed.
-        vanishing_threshold: layers with a norm below it, but above zero, are listed.
-        explosion_threshold: layers with a finite norm above it are listed.
-    """
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    present = {name: _dense(gradient) for name, gradient in gradients.items() if gradient is not None}
-    norms = dict(zip(present, _norms(list(present.values())), strict=True))
-    infinite = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    broken = {name: _describe_values(present[name]) for name in infinite}
-    lowest, highest = vanishing_threshold or 0.0, explosion_threshold or math.inf
-    positive = [norm for norm in norms.values() if norm > 0]
-    return GradientHealth(
-        has_nan=any("NaN" in found for found in broken.values()),
-        has_inf=any("Inf" in found for found in broken.values()),
-        max_norm=_maximum(list(norms.values())),
-        min_norm=min(positive, default=0.0),
-        affected_layers=tuple(f"{name} ({found})" for name, found in broken.items()),
-        vanishing_layers=tuple(name for name, norm in norms.items() if 0 < norm < lowest),
-        exploding_layers=tuple(name for name, norm in norms.items() if highest < norm < math.inf),
-    )
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _norms(gradients: list[Tensor]) -> list[float]:
-    """The L2 norm of each, in float64 so that large finite values do not overflow."""
-    if not gradients:
-        return []
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for place, gradient in enumerate(gradients):
-        groups.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(place)
-    norms: dict[int, float] = {}
-    for places in groups.values():
-        group = torch._foreach_norm([gradients[place] for place in places], 2.0, dtype=torch.float64)
-        norms.update(zip(places, whole(torch.stack(group)).tolist(), strict=True))
-    return [norms[place] for place in range(len(gradients))]
-
-
-def _describe_values(gradient: Tensor) -> str:
-    has_nan = bool(whole(gradient.isnan().any()))
-    has_inf = bool(whole(gradient.isinf().any()))
-    return "NaN, Inf" if has_nan and has_inf else "NaN" if has_nan else "Inf"
-
-
-def _maximum(norms: list[float]) -> float:
-    if any(math.isnan(norm) for norm in norms):
-        return math.nan
-    return max(norms, default=0.0)
-
-
-def _listed(layers: tuple[str, ...]) -> str:
-    shown = ", ".join(layers[:_LISTED_LAYERS])
-    hidden = len(layers) - _LISTED_LAYERS
-    return f"{shown} and {hidden} more" if hidden > 0 else shown
+        for name, part in (("spikes", self._spikes), ("points", self.points)):
+            if name in state_dict:  # checkpoints of 0.1 have neither
+                part.load_state_dict(state_dict[name])

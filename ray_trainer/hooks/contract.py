@@ -36,6 +36,7 @@ class StepRecord:
         learning_rate: of the update.
         num_samples: over all ranks.
         skipped: the weights were left alone, because the gradients were not usable.
+        reason: why they were not, where somebody should know.
     """
 
     step: int
@@ -46,6 +47,7 @@ class StepRecord:
     learning_rate: float
     num_samples: int
     skipped: bool
+    reason: str | None = None
 
     @property
     def loss(self) -> float:

@@ -1,0 +1,103 @@
+"""Numbers that go wrong on one of several ranks."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import experiments
+import pytest
+import torch
+from experiments import Network, assert_same, carry_out, events, prepare
+from ranks import exit_codes, on_ranks
+from torch import distributed as dist
+
+
+def train(run_dir: Path, bad: list[int], changes: dict[str, Any]) -> dict[str, Any]:
+    """Six steps an epoch of four samples each; the last sample of the bad ones, which is rank 1's, is no number."""
+    prepared = prepare(run_dir, size=24, shuffle=False, gradient_accumulation_steps=1, **changes)
+    for step in bad:
+        prepared.train_set.features[4 * step - 1, 1] = math.nan
+    outcome = carry_out(prepared)
+    return {name: getattr(outcome, name) for name in ("weights", "optimizer", "schedule", "history", "step")}
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_ranks_roll_back_together_as_if_the_batches_had_never_been_there(tmp_path, parallelism):
+    back = {"on_bad_gradients": "rollback", "rollback_points_every_n_steps": 2, "parallelism": parallelism}
+
+    rolled = on_ranks(2, train, tmp_path / "back", [4], back | {"on_spike": "skip"})
+    skipped = on_ranks(2, train, tmp_path / "skips", [3, 4], {"parallelism": parallelism})
+
+    for one, other in zip(rolled, skipped, strict=True):
+        assert_same(one["step"], 12)
+        assert_same(one["history"], other["history"])
+        if parallelism == "ddp":
+            assert_same(one, other)
+    assert [(event["first_skipped"], event["step"]) for event in events(tmp_path / "back", "rolled_back")] == [
+        (3, 4),
+        (9, 10),
+    ]
+
+
+class Hungry(Network):
+    """Needs more memory than there is for more than two samples, on rank 1 from its third step on."""
+
+    passes = 0
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.passes += int(self.training)
+        if self.training and len(features) > 2 and dist.get_rank() == 1 and self.passes >= 3:
+            torch.empty(2**60, dtype=torch.uint8)
+        return super().forward(features)
+
+
+def train_hungry(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    experiments.Network = lambda norm: Hungry()
+    prepared = prepare(run_dir, size=48, batch_size=4, gradient_accumulation_steps=1, save_every_n_steps=2, **changes)
+    outcome = carry_out(prepared)
+    return {name: getattr(outcome, name) for name in ("weights", "optimizer", "history", "step")}
+
+
+def test_ranks_that_start_again_after_a_shortage_of_memory_on_one_take_smaller_pieces_on_all(tmp_path):
+    changes = {"on_out_of_memory": "halve"}
+
+    first = exit_codes(2, train_hungry, tmp_path / "run", changes)
+    answers = on_ranks(2, train_hungry, tmp_path / "run", changes)
+
+    assert first[1] == 1
+    assert_same(answers[0]["weights"], answers[1]["weights"])
+    assert answers[0]["step"] == 12
+    (event,) = events(tmp_path / "run", "out_of_memory")
+    assert (event["step"], event["rank"], event["pieces"], event["samples_at_once"]) == (3, 1, 2, 2)
+
+
+class Fragile(Network):
+    """Takes the whole process with it at one of the samples."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and 11 in features[:, 0].int().tolist():
+            os._exit(9)
+        return super().forward(features)
+
+
+def train_fragile(run_dir: Path) -> Any:
+    experiments.Network = lambda norm: Fragile()
+    changes = {"on_bad_data": "quarantine", "max_bad_ratio": 0.1, "save_every_n_steps": 1}
+    prepared = prepare(run_dir, size=24, gradient_accumulation_steps=1, random_seed=3, **changes)
+    return carry_out(prepared).order
+
+
+def test_batch_at_which_a_process_dies_twice_is_left_out_by_all_ranks(tmp_path):
+    codes = [exit_codes(2, train_fragile, tmp_path / "run") for _ in range(2)]
+
+    orders = on_ranks(2, train_fragile, tmp_path / "run")
+
+    assert all(9 in ended for ended in codes)
+    failed = events(tmp_path / "run", "batch_failed")
+    (left_out,) = events(tmp_path / "run", "batch_quarantined")
+    assert [event["error"] for event in failed] == ["the process died"] * 2
+    assert failed[0]["samples"] == failed[1]["samples"]
+    assert 11 in left_out["samples"]
+    seen = [sample for order in orders for epoch, _, samples in order if epoch == 1 for sample in samples]
+    assert sorted(seen) == [sample for sample in range(24) if sample not in left_out["samples"]]
