@@ -99,8 +99,11 @@ class RayCluster:
         return node
 
     def lose_head(self) -> None:
-        """Kill all processes of the head, and start it again with what it kept."""
+        """Kill all processes of the head."""
         self._head_node.kill()
+
+    def start_head(self) -> None:
+        """Start it again, with what it kept."""
         self._head_node.start()
         self._wait()
 
