@@ -83,10 +83,10 @@ def ray_head(num_cpus: int = 2) -> Iterator[RayHead]:
                 metrics_url=f"http://127.0.0.1:{ports['metrics-export-port']}/metrics",
                 environment=environment,
             )
-            _wait_until_up(head, process, Path(f"/proc/self/fd/{log.fileno()}"))
+            wait_until_up(head, process, Path(f"/proc/self/fd/{log.fileno()}"))
             yield head
         finally:
-            _end(process)
+            end(process)
 
 
 def free_ports(count: int) -> list[int]:
@@ -98,7 +98,7 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) -> None:
     """Until its dashboard takes jobs, which is the last thing to come up."""
     request = head.ask("/api/jobs/")
     deadline = time.monotonic() + PATIENCE_S
@@ -110,7 +110,7 @@ def _wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) -
     raise AssertionError(f"Ray did not come up:\n{log.read_text()}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """With SIGKILL: told to terminate, it would drain its node first."""
     family = [(pid, started_at(pid)) for pid in descendants(process.pid)]
     for pid, started in family:

@@ -17,6 +17,10 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 ACCESS_KEY, SECRET_KEY, REGION = "testing-key", "testing-secret", "us-east-1"
+_UNKNOWN_KEY = (
+    b"<Error><Code>InvalidAccessKeyId</Code>"
+    b"<Message>The AWS Access Key Id you provided does not exist in our records.</Message></Error>"
+)
 _BUSY = b"<Error><Code>ServiceUnavailable</Code><Message>Come back later.</Message></Error>"
 
 Fault = Callable[[str, str], bool]
@@ -115,4 +119,7 @@ class S3Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
             return [_BUSY]
+        if f"Credential={ACCESS_KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):  # moto would let anybody in
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [] if method == "HEAD" else [_UNKNOWN_KEY]
         return self._moto(environ, start_response)  # type: ignore[no-any-return]

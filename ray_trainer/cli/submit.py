@@ -64,6 +64,14 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument("--working-dir", metavar="DIR", type=Path, default=Path(), help="what is sent; . by default")
     parser.add_argument("--runtime-env", metavar="FILE", type=Path, help="YAML file with more of Ray's runtime_env")
     parser.add_argument("--python", default="python", help="the Python of the cluster that trains; python by default")
+    parser.add_argument(
+        "--driver-cpus",
+        metavar="N",
+        type=float,
+        default=0.0,
+        help="CPUs reserved for the driver: it then runs on a node that has them, and outlives a head without CPUs that "
+        "is lost and started again; on the head by default",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent and run; submit nothing")
     parser.set_defaults(run=run)
 
@@ -110,6 +118,7 @@ def _request(args: argparse.Namespace, run_file: RunFile, working_dir: Path) -> 
         entrypoint=_entrypoint(args, working_dir),
         working_dir=working_dir,
         runtime_env=_runtime_env(args.runtime_env),
+        driver_cpus=args.driver_cpus,
     )
 
 

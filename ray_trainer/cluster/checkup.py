@@ -1,7 +1,6 @@
 """Questions to the nodes of a cluster, for `ray-trainer doctor`: what is there, what time it is, what they see."""
 
 import logging
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.cluster.nodes import NodeFacts
+from ray_trainer.cluster.readiness import require_cluster
 from ray_trainer.cluster.session import missing_resources, ray_session
-from ray_trainer.errors import ConfigError
 
-CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 60.0
 PACKAGES = ("ray", "ray-trainer", "torch", "numpy", "pyarrow", "safetensors")
 
@@ -58,24 +56,13 @@ def examine_cluster(cluster: ClusterConfig, probe: StorageProbe | None) -> Clust
     Raises:
         ConfigError: the cluster cannot be joined.
     """
-    _require_listener(cluster.address or "auto")
+    require_cluster(cluster)
     logging.getLogger("ray").setLevel(logging.ERROR)
     with ray_session(cluster):
         alive = [node for node in ray.nodes() if node["Alive"]]
         asked = [_actor(node["NodeID"]) for node in alive]
         nodes = [_ask(node, actor, probe, place) for place, (node, actor) in enumerate(zip(alive, asked, strict=True))]
         return ClusterFacts(nodes, missing_resources(cluster, [node["Resources"] for node in alive]))
-
-
-def _require_listener(address: str) -> None:
-    """Refuse an address where nobody listens; Ray itself would go on asking for many minutes."""
-    host, _, port = address.rpartition(":")
-    if not host:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConfigError(f"cluster.address = {address!r}: nobody answers there ({error})") from error
 
 
 def _actor(node_id: str) -> ActorHandle:

@@ -42,6 +42,7 @@ class JobRequest:
         entrypoint: shell command.
         working_dir: its files go along, but for what is ignored.
         runtime_env: further settings of Ray's runtime environment.
+        driver_cpus: reserved for its driver, which then runs where they are; with 0 it runs on the head.
     """
 
     name: str
@@ -49,6 +50,7 @@ class JobRequest:
     entrypoint: str
     working_dir: Path
     runtime_env: Mapping[str, Any]
+    driver_cpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def submit(client: JobSubmissionClient, request: JobRequest) -> Submission:
                     submission_id=submission_id,
                     runtime_env=runtime_env,
                     metadata=dict(metadata),
+                    entrypoint_num_cpus=request.driver_cpus or None,
                 )
             except (*LOST, ValueError, TypeError) as error:
                 if "already exists" not in str(error):

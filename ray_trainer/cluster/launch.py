@@ -1,7 +1,6 @@
 """`fit`: from an experiment and its configuration to a `TorchTrainer`, and from its end to a result."""
 
 import math
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_e
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
+from ray_trainer.cluster.readiness import require_cluster, require_storage
 from ray_trainer.cluster.session import (
     ray_session,
     require_resources,
@@ -119,7 +119,8 @@ def fit_watched(
     """
     validate_sections(training=training_config, cluster=cluster)
     storage = Storage.open(cluster.storage_path).child(str(cluster.name))
-    require_writable(storage)
+    require_storage(storage)
+    require_cluster(cluster)
     is_new = not storage.exists()
     with owned(storage, training_config, take_over) as storage, ray_session(cluster):
         require_resources(cluster)
@@ -173,16 +174,6 @@ def validate_sections(**sections: Section) -> None:
             problems.append(f"[{section}] {error}")
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def require_writable(storage: Storage) -> None:
-    """Refuse a place where nothing can be written, where that can be seen without writing."""
-    if not storage.is_local:
-        return
-    there = next(place for place in (storage.local_path(), *storage.local_path().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written" if there.is_dir() else "is a file"
-        raise ConfigError(f"cluster.storage_path: {there} {what}. Name a directory in which the run may write.")
 
 
 def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig) -> TrainingConfig:

@@ -9,11 +9,12 @@ import ray.train
 from torch import nn
 
 from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.launch import build_datasets, require_writable, validate_sections
+from ray_trainer.cluster.launch import build_datasets, validate_sections
 from ray_trainer.cluster.ledger import EVENTS, Ledger
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.overseer import NoSweepDisplay, Overseer, SweepDisplay
 from ray_trainer.cluster.ray_tune import quiet_tune, run_trials
+from ray_trainer.cluster.readiness import require_cluster, require_storage
 from ray_trainer.cluster.session import ray_session, require_resources
 from ray_trainer.cluster.sweep_config import SweepConfig, cross_problems
 from ray_trainer.cluster.sweep_job import SweepJob, saved_with_each_validation
@@ -95,11 +96,12 @@ def sweep(
     task = Task(experiment.task_spec, nn.Identity(), loss_for(experiment.task_spec))
     choose_monitor(training, task.metric_names, validates=True)
     storage = Storage.open(cluster.storage_path).child(str(cluster.name))
-    require_writable(storage)
+    require_storage(storage)
     ledger = Ledger(storage, _definition(training_config, sweep_config, model, metric, mode), metric, mode)
     ledger.require_same_sweep()
     search = _Search(experiment, training, cluster, sweep_config, model, ledger)
     if not search.is_over:
+        require_cluster(cluster)
         with holding(storage, take_over=take_over):
             stop = search.carry_out(display or NoSweepDisplay())
             search.write_best(reference)

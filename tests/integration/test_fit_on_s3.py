@@ -10,8 +10,9 @@ from ray import cloudpickle
 
 from ray_trainer import TrainingConfig
 from ray_trainer.checkpoint import list_checkpoints, load_weights, verify
-from ray_trainer.cluster import ClusterConfig, fit
+from ray_trainer.cluster import ClusterConfig, SweepConfig, fit, sweep
 from ray_trainer.cluster.storage import SNAPSHOT
+from ray_trainer.errors import ConfigError
 from ray_trainer.metrics.events import read_events
 from ray_trainer.storage import Storage
 
@@ -59,3 +60,28 @@ def test_run_whose_object_store_refuses_rays_own_list_and_fails_for_a_while_ends
     weights, expected = (load_weights(place.uri, "newest") for place in (run, on_disk))
     assert all(weights[name].equal(expected[name]) for name in expected)
     assert ray.is_initialized()
+
+
+def search(storage_path: str, training: TrainingConfig) -> None:
+    space = {"training.learning_rate": {"grid": [0.1, 0.01]}}
+    cluster = ClusterConfig(name="run", storage_path=storage_path)
+    sweep(faulty_experiment.experiment, training, cluster, SweepConfig(space=space, metric="val_loss"), {"fault": None})
+
+
+@pytest.mark.parametrize("start", [train, search])
+def test_missing_bucket_is_refused_before_anything_is_started(s3_server, start):
+    with pytest.raises(ConfigError, match=r"cluster\.storage_path: s3://no-such-bucket/runs/run .*Create it"):
+        start("s3://no-such-bucket/runs", TrainingConfig(**TRAINING))
+
+    assert not ray.is_initialized()
+
+
+def test_unknown_access_key_is_refused_before_anything_is_started(s3_server, monkeypatch):
+    bucket = s3_server.new_bucket()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
+
+    with pytest.raises(ConfigError, match=r"cluster\.storage_path: s3://.*not known; check AWS_ACCESS_KEY_ID"):
+        train(f"s3://{bucket}/runs", TrainingConfig(**TRAINING))
+
+    assert not ray.is_initialized()
+    assert "Contents" not in s3_server.client().list_objects_v2(Bucket=bucket)

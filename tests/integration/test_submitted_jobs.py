@@ -2,26 +2,20 @@
 
 import re
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from cluster_runs import assert_same_run, newest_checkpoint, step_of, whole_lines
 from experiments import events
+from job_clients import PATIENCE_S, Client, until
 from ray_head import RayHead, ray_head
 
 from ray_trainer.cluster.telemetry import METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-T = TypeVar("T")
-
-REPOSITORY = Path(__file__).parents[2]
-PATIENCE_S = 240
 STEPS = 900  # 90 an epoch: 1,437 images, 16 a step
 
 
@@ -29,53 +23,6 @@ STEPS = 900  # 90 an epoch: 1,437 images, 16 a step
 def head() -> Iterator[RayHead]:
     with ray_head() as running:
         yield running
-
-
-class Client:
-    """A command that talks to the head, as a user gives it in the repository."""
-
-    def __init__(self, head: RayHead, log: Path, *command: str) -> None:
-        self._log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=REPOSITORY,
-                env=head.environment | {"RAY_API_SERVER_ADDRESS": head.address},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
-
-    def wait(self) -> int:
-        try:
-            return self.process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"the command did not end:\n{self.output}") from None
-
-    def until(self, look: Callable[[], T | None], what: str) -> T:
-        """What there is to see, while the command runs."""
-
-        def alive() -> T | None:
-            found = look()
-            assert found is not None or self.process.poll() is None, f"the command ended early:\n{self.output}"
-            return found
-
-        return until(alive, what)
-
-
-def until(look: Callable[[], T | None], what: str) -> T:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        found = look()
-        if found is not None:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"waited in vain for {what}")
 
 
 def overrides(directory: Path, name: str) -> list[str]:

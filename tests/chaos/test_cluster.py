@@ -1,0 +1,106 @@
+"""A head and two nodes, storage on an S3 server: a node is lost, then the head, and jobs end as if nothing had been."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiments import TIMES, assert_same
+from job_clients import Client
+from ray_nodes import RayCluster, ray_cluster
+
+from ray_trainer.checkpoint import list_checkpoints, load_weights
+from ray_trainer.metrics.events import read_events
+from ray_trainer.metrics.jsonl import read_rows
+from ray_trainer.storage import Storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
+
+EPOCHS = 12
+STEPS = EPOCHS * 45  # 1,437 images, 2 workers with 16 each
+
+
+@pytest.fixture(scope="module")
+def cluster(running_s3_server: Any) -> Iterator[RayCluster]:
+    with ray_cluster(running_s3_server.environment) as running:
+        running.add_node(num_cpus=3)
+        running.add_node(num_cpus=3)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def runs(running_s3_server: Any) -> str:
+    return f"s3://{running_s3_server.new_bucket()}/runs"
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: RayCluster, runs: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The undisturbed run, with which the others are compared."""
+    client = submit(cluster, runs, "whole", tmp_path_factory.mktemp("whole"))
+    assert client.wait() == 0, client.output
+    return f"{runs}/whole"
+
+
+def submit(cluster: RayCluster, runs: str, name: str, directory: Path, *options: str) -> Client:
+    """The digits example on two workers, each on a node of its own as long as there are two."""
+    settings = {
+        "cluster.name": name,
+        "cluster.storage_path": runs,
+        "cluster.placement_strategy": "SPREAD",
+        "training.epochs": EPOCHS,
+        "training.save_every_n_steps": 30,
+        "training.log_every_n_steps": 1,
+        "training.tensorboard": "false",
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    command = ["ray_trainer", "submit", "examples/digits.yaml", "--python", sys.executable, *options, *overrides]
+    return Client(cluster.head, directory / f"{name}.log", *command)
+
+
+def saved(run: str, step: int) -> Callable[[], bool | None]:
+    return lambda: any(record.step >= step for record in list_checkpoints(Storage.open(run))) or None
+
+
+def events(run: str, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(Storage.open(run)) if event["event"] == name]
+
+
+def metric_rows(run: str) -> list[dict[str, Any]]:
+    rows = sorted(read_rows(Storage.open(run), "metrics.jsonl"), key=lambda row: (row["step"], row["split"]))
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def assert_same_run(whole: str, other: str) -> None:
+    assert {list_checkpoints(Storage.open(run))[-1].step for run in (whole, other)} == {STEPS}
+    assert_same(load_weights(whole, "newest"), load_weights(other, "newest"))
+    assert_same(metric_rows(whole), metric_rows(other))
+
+
+def test_job_that_loses_a_node_ends_with_the_weights_of_an_undisturbed_one(cluster, runs, whole, s3_server, tmp_path):
+    run = f"{runs}/node"
+    client = submit(cluster, runs, "node", tmp_path)
+    client.until(saved(run, 60), "a checkpoint at step 60")
+
+    cluster.nodes.pop().kill()
+
+    assert client.wait() == 0, client.output
+    assert events(run, "failure")
+    assert [event["attempt"] for event in events(run, "workers_started")] == [1, 2]
+    assert 60 <= events(run, "resumed")[0]["step"] < STEPS
+    assert_same_run(whole, run)
+
+
+def test_job_whose_driver_is_elsewhere_does_not_notice_that_the_head_is_lost(cluster, runs, whole, s3_server, tmp_path):
+    run = f"{runs}/head"
+    client = submit(cluster, runs, "head", tmp_path, "--driver-cpus", "1")
+    client.until(saved(run, 60), "a checkpoint at step 60")
+
+    cluster.lose_head()
+    assert not saved(run, STEPS)(), "the run was over before the head was lost"
+    cluster.start_head()
+
+    assert client.wait() == 0, client.output
+    assert len(events(run, "workers_started")) == 1
+    assert events(run, "failure") == []
+    assert_same_run(whole, run)

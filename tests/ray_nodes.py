@@ -1,0 +1,134 @@
+"""A Ray cluster of several nodes on this machine: a head and nodes as ``ray start`` makes them, each of which can be
+killed, and the head started again.
+
+What the head knows is kept in a RocksDB, so that one which is started again goes on where the other was.
+"""
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from cluster_runs import short_directory
+from ray_head import PATIENCE_S, PORTS, RayHead, end, free_ports, wait_until_up
+
+_HIDDEN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH", "RAY_AUTH_TOKEN_PATH")
+_NODE_PORTS = ("dashboard-agent-listen-port", "metrics-export-port")
+
+
+class Node:
+    """One ``ray start --block`` and all processes that descend from it."""
+
+    def __init__(self, options: list[str], environment: Mapping[str, str], log: Path) -> None:
+        self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        self._environment = dict(environment)
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        """Start it, also again."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self._command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Until it has joined."""
+        deadline = time.monotonic() + PATIENCE_S
+        while "will now block" not in self.log.read_text():
+            assert self.process.poll() is None, f"ray start ended:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"the node did not come up:\n{self.log.read_text()}"
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL to all of it: what the loss of a machine is to the others."""
+        end(self.process)
+
+
+class RayCluster:
+    """A head that runs nothing, and nodes.
+
+    Attributes:
+        head: for whoever wants to talk to it.
+        nodes: in the order in which they were added.
+    """
+
+    def __init__(self, directory: Path, temp_dir: str, variables: Mapping[str, str]) -> None:
+        self._directory = directory
+        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        environment = {name: value for name, value in os.environ.items() if name not in _HIDDEN}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **variables}
+        self.head = RayHead(
+            address=f"http://127.0.0.1:{ports['dashboard-port']}",
+            gcs=f"127.0.0.1:{ports['port']}",
+            metrics_url=f"http://127.0.0.1:{ports['metrics-export-port']}/metrics",
+            environment=environment,
+        )
+        options = [
+            "--head",
+            "--num-cpus=0",
+            f"--temp-dir={temp_dir}",
+            *(f"--{name}={port}" for name, port in ports.items()),
+        ]
+        memory = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(directory / "gcs")}
+        self._head_node = Node([*options, *_COMMON], environment | memory, directory / "head.log")
+        self.nodes: list[Node] = []
+        self._wait()
+
+    def add_node(self, num_cpus: int) -> Node:
+        """A node more; it has joined once it is asked to do something."""
+        ports = dict(zip(_NODE_PORTS, free_ports(len(_NODE_PORTS)), strict=True))
+        options = [
+            f"--address={self.head.gcs}",
+            f"--num-cpus={num_cpus}",
+            *(f"--{name}={port}" for name, port in ports.items()),
+        ]
+        node = Node([*options, *_COMMON], self.head.environment, self._directory / f"node{len(self.nodes)}.log")
+        self.nodes.append(node)
+        node.wait()  # nodes of one machine that start at the same moment take each other's sockets
+        return node
+
+    def lose_head(self) -> None:
+        """Kill all processes of the head."""
+        self._head_node.kill()
+
+    def start_head(self) -> None:
+        """Start it again, with what it kept."""
+        self._head_node.start()
+        self._wait()
+
+    def close(self) -> None:
+        """Nothing of it is alive afterwards."""
+        for node in (*self.nodes, self._head_node):
+            node.kill()
+
+    def _wait(self) -> None:
+        wait_until_up(self.head, self._head_node.process, self._head_node.log)
+
+
+_COMMON = ("--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats")
+
+
+@contextmanager
+def ray_cluster(variables: Mapping[str, str]) -> Iterator[RayCluster]:
+    """A head, to which nodes are added.
+
+    Args:
+        variables: in the environment of all of them.
+    """
+    with ExitStack() as stack:
+        temp_dir = stack.enter_context(short_directory())
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cluster = RayCluster(directory, temp_dir, variables)
+        stack.callback(cluster.close)
+        yield cluster
