@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import nn
 
-from ray_trainer import distributed
+from ray_trainer import distributed, pulse
 from ray_trainer.checkpoint import Tier
 from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
 from ray_trainer.errors import DivergenceError
@@ -18,9 +18,11 @@ from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
 from ray_trainer.hooks import StepRecord
 from ray_trainer.losses import LossResult
 from ray_trainer.metrics.sums import MetricSums
+from ray_trainer.pulse import Phase
 from ray_trainer.runtime import Runtime, Stop
 from ray_trainer.seeding import seed_step
 from ray_trainer.state import Progress
+from ray_trainer.stragglers import Straggler, StragglerWatch
 from ray_trainer.task import BatchResult, Task
 
 
@@ -42,6 +44,7 @@ class TrainingLoop:
         busy: where a checkpoint of any rank was still on its way to then.
         is_whole: the model is what the last completed step left, also after an error in the next one.
         batch_losses: of this rank's micro-batches of the last step.
+        stragglers: ranks that were found to be slow with the last step.
     """
 
     def __init__(
@@ -77,6 +80,8 @@ class TrainingLoop:
         self._data_wait_s = 0.0
         self._divergence: DivergenceError | None = None
         self.batch_losses: list[LossResult] = []
+        self.stragglers: list[Straggler] = []
+        self._straggler_watch = StragglerWatch()
 
     def steps(self, source: BatchSource) -> Iterator[StepRecord]:
         """The remaining steps of the epoch in progress. Collective.
@@ -87,10 +92,12 @@ class TrainingLoop:
         batches = source.steps(self._progress.epoch, start=self._progress.step_in_epoch)
         self._forward.module.train()
         while True:
+            pulse.beat(Phase.DATA)
             before = time.perf_counter()
             step_batch = next(batches, None)
             self._data_wait_s += time.perf_counter() - before
             if step_batch is None:
+                pulse.beat(Phase.OTHER)
                 return
             if not self._buckets_settled:
                 self._settle_buckets(step_batch)
@@ -100,6 +107,7 @@ class TrainingLoop:
 
     def _step(self, step_batch: StepBatch) -> StepRecord:
         progress = self._progress
+        pulse.step(progress.step)
         seed_step(self._seed, progress.step, self._rank)
         self._statistics.remember()
         try:
@@ -113,6 +121,7 @@ class TrainingLoop:
 
         local_count = sum(float(result.loss.count) for result in results)
         count, num_samples, seconds = self._agree(local_count, step_batch.num_samples)
+        pulse.beat(Phase.UPDATE)
         mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
         norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
@@ -126,6 +135,7 @@ class TrainingLoop:
             self._accumulator.discard()
         progress.complete_step(num_samples, seconds, skipped=not is_updated)
         self.is_whole = True
+        pulse.beat(Phase.OTHER)
         return StepRecord(
             step=progress.step,
             epoch=progress.epoch,
@@ -160,9 +170,11 @@ class TrainingLoop:
         return results
 
     def _forward_and_backward(self, micro_batch: Batch, weight_zero: bool) -> BatchResult:
+        pulse.beat(Phase.FORWARD)
         result = self._evaluate(micro_batch)
         if weight_zero:
             result = _weightless(result)
+        pulse.beat(Phase.BACKWARD)
         self._accumulator.backward(result.loss.sum)
         return result
 
@@ -174,7 +186,7 @@ class TrainingLoop:
     def _agree(self, count: float, num_samples: int) -> tuple[float, int, float]:
         """Count and samples of the global batch and seconds since the last step, equal on all ranks.
 
-        Wishes to stop, and checkpoints that are being written, ride on the same exchange.
+        Wishes to stop, checkpoints that are being written, and times by phase ride on the same exchange.
         """
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
@@ -182,10 +194,12 @@ class TrainingLoop:
         if self._world_size == 1:
             self.stop, self.busy = wish, busy
             return count, num_samples, seconds
-        mine = torch.tensor([[count, num_samples, wish, seconds, busy]], dtype=torch.float64)
-        rows = distributed.gather_rows(mine)[:, 0].tolist()
+        mine = torch.tensor([[count, num_samples, wish, seconds, busy, *pulse.take_own_times()]], dtype=torch.float64)
+        gathered = distributed.gather_rows(mine)[:, 0]
+        rows = gathered[:, :5].tolist()
         self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
         self.stop = Stop(int(max(row[2] for row in rows)))
+        self.stragglers = self._straggler_watch.add(gathered[:, 5:], rows[0][3]) if self._rank == 0 else []
         return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
 
     def _settle_buckets(self, step_batch: StepBatch) -> None:
@@ -196,6 +210,7 @@ class TrainingLoop:
         step after a restart would differ in its last bits. A pass that is thrown away comes first.
         """
         self._buckets_settled = True
+        pulse.beat(Phase.FORWARD)
         self._statistics.remember()
         self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
         self._statistics.put_back()

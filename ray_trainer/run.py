@@ -4,12 +4,13 @@ import logging
 
 import torch
 
-from ray_trainer import distributed
+from ray_trainer import distributed, pulse
 from ray_trainer.config import TrainingConfig
 from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.hooks import NO_REQUEST, HookCaller, Request, StepRecord, requested
 from ray_trainer.hooks.checks import Hook
 from ray_trainer.loop import TrainingLoop
+from ray_trainer.pulse import Phase
 from ray_trainer.recording import Recorder
 from ray_trainer.runtime import Stop
 from ray_trainer.saving import Saver
@@ -54,7 +55,8 @@ class Run:
         try:
             self._catch_up()
             self._loop.restart_clock()
-            self._train()
+            with pulse.measured(distributed.world_size() > 1):
+                self._train()
         except Exception:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
@@ -101,6 +103,8 @@ class Run:
     def _after_step(self, record: StepRecord) -> None:
         self._saver.poll(self._loop.busy)
         self._recorder.step(record, self._loop.take_data_wait_s())
+        for straggler in self._loop.stragglers:
+            self._recorder.straggler(straggler)
         self._call_after_step(record)
         if self._saver.snapshot_is_due(self._loop.busy):
             self._recorder.flush()
@@ -158,6 +162,9 @@ class Run:
 
     def _call_after_step(self, record: StepRecord) -> None:
         hooks = self._hooks
+        if hooks.on_batch_end is None and hooks.on_step_end is None:
+            return
+        before = pulse.beat(Phase.HOOK)
         request = NO_REQUEST
         if hooks.on_batch_end is not None:
             first = (self._progress.step_in_epoch - 1) * self._sources.micro_batches_a_step
@@ -165,8 +172,8 @@ class Run:
                 request |= requested(hooks.on_batch_end(index, float(loss.mean.detach())))
         if hooks.on_step_end is not None:
             request |= requested(hooks.on_step_end(record))
-        if hooks.on_batch_end is not None or hooks.on_step_end is not None:
-            self._agree_on(request)  # once a step: ranks may have different numbers of micro-batches
+        pulse.beat(before)
+        self._agree_on(request)  # once a step: ranks may have different numbers of micro-batches
 
     def _ask(self, hook: Hook | None, *arguments: object) -> None:
         """Call a hook that every rank has or none, and carry out what it asks for. Collective if it is there."""
