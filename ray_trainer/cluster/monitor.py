@@ -10,8 +10,8 @@ from ray_trainer import distributed
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.hang_report import pack, past_hangs
 from ray_trainer.pulse.deadlines import Terms
+from ray_trainer.pulse.orders import Orders
 from ray_trainer.pulse.phases import Phase
-from ray_trainer.pulse.process import Orders
 from ray_trainer.pulse.watched import Watched
 from ray_trainer.storage import Storage
 

@@ -1,9 +1,13 @@
 """What a process is doing, from its stacks: they tell a hang from work, and waiting for others from both."""
 
 import enum
+import os
 import re
+import signal
+import time
 from typing import NamedTuple
 
+_WRITTEN_WITHIN_S = 1.0
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 
@@ -39,6 +43,43 @@ class Activity(enum.Enum):
     OWN = "in code of its own"
     WAITS = "waits for other ranks"
     EXCUSED = "compiles, is debugged, or waits for Ray"
+
+
+class StackFile:
+    """Has a process's stacks written by the handler in C that it has installed, which needs no GIL."""
+
+    def __init__(self, pid: int, descriptor: int, number: int) -> None:
+        """Write nothing yet.
+
+        Args:
+            pid: of the process.
+            descriptor: of the file that its handler appends to.
+            number: the signal that it handles.
+        """
+        self._pid = pid
+        self._descriptor = descriptor
+        self._signal = number
+
+    def take(self) -> str:
+        """The stacks of all threads now; empty if the process does not write them."""
+        os.ftruncate(self._descriptor, 0)
+        os.kill(self._pid, self._signal)
+        size, until = 0, time.monotonic() + _WRITTEN_WITHIN_S
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            written = os.fstat(self._descriptor).st_size
+            if written and written == size:
+                break
+            size = written
+        return os.pread(self._descriptor, size, 0).decode(errors="replace")
+
+    def take_stopped(self) -> str:
+        """As `take`, of a process that was stopped: it runs for the moment that this takes."""
+        os.kill(self._pid, signal.SIGCONT)
+        try:
+            return self.take()
+        finally:
+            os.kill(self._pid, signal.SIGSTOP)
 
 
 def frames_of(text: str, thread: int) -> tuple[Frame, ...]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from ray_trainer import pulse
 from ray_trainer.pulse.board import SIZE_BYTES, file_in_memory
-from ray_trainer.pulse.process import Assignment, Orders
+from ray_trainer.pulse.orders import Assignment, Orders
 
 #: Nobody else uses it: SIGUSR1 and SIGUSR2 are how schedulers announce a preemption.
 _DUMP_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR2))
