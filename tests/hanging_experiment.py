@@ -1,4 +1,4 @@
-"""An experiment whose ranks hang, each in a way of its own and once: files in ``model.marks`` tell what has happened."""
+"""An experiment whose ranks hang, each in its own way and once: files in ``model.marks`` tell what has happened."""
 
 import os
 import re

@@ -15,6 +15,8 @@ from ray_trainer.pulse.verdict import Place
 #: Once a deadline has passed, a stack that stays the same for so long, or the floor, is that of a hang.
 SAME_FOR_S = 3.0
 _EXAMINATIONS = 3
+#: Not before so many seconds, a multiple of the time between two turns, is the interpreter held for good.
+_LOCKED_FOR_S = 3.0
 
 
 class Hang(NamedTuple):
@@ -142,7 +144,7 @@ class Watch:
     def _ask(self) -> Hang | None:
         """The worker waits for others: whether it is to blame depends on them, if it can go on at all."""
         desk, reading = self._orders.desk, self._now.reading
-        if self._now.locked_s >= self._terms.floor_s:
+        if self._now.locked_s >= max(_LOCKED_FOR_S, self._terms.floor_s):
             return self._found("another thread of it holds the interpreter")
         if desk is None:
             return None

@@ -17,7 +17,7 @@ from ray_trainer.pulse.orders import Assignment, Orders
 
 #: Nobody else uses it: SIGUSR1 and SIGUSR2 are how schedulers announce a preemption.
 _DUMP_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR2))
-_TURN_EVERY_S = 1.0
+_TURN_EVERY_S = 0.5
 
 
 class Watched:
