@@ -1,9 +1,9 @@
 """What being watched costs a training step, as a share of a step of 10 ms.
 
 Run it with ``python tests/benchmarks/monitor_overhead.py``. Steps of the real `Trainer` on a tiny network are timed
-in slices that are watched and not watched in turn; the median of the differences of neighbours is the cost of the
-signs of life, whatever else the machine does. Beside it: what the exchange of times by phase adds on rank 0, and the
-share of a core that the watching process takes.
+in slices that are watched and not watched in turn; the median of the differences of neighbours, in CPU time, is the
+cost of the signs of life, whatever else the machine does. Beside it: what the exchange of times by phase adds on
+rank 0, and the share of a core that the watching process takes.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,7 @@ from ray_trainer.storage import Storage
 from ray_trainer.stragglers import StragglerWatch
 
 STEP_S = 0.010
-SLICE = 100
+SLICE = 50
 WARM_UP_SLICES = 4
 
 
@@ -43,23 +42,23 @@ class Slices:
         self._watched = watched
         self._stack = ExitStack()
         self._is_watched = False
-        self._since = time.perf_counter()
+        self._since = time.thread_time()
 
     def on_step_end(self, record: Any) -> None:
         """Close a slice where one ends."""
         if record.step % SLICE:
             return
-        self.seconds.append((self._is_watched, time.perf_counter() - self._since))
+        self.seconds.append((self._is_watched, time.thread_time() - self._since))
         self._stack.close()
         self._is_watched = not self._is_watched
         if self._is_watched:
             self._stack.enter_context(pulse.begun(self._watched))
-        self._since = time.perf_counter()
+        self._since = time.thread_time()
 
 
 def cost_of_beats_s(slices: int, directory: Path) -> float:
     """Of one step, in seconds."""
-    size = 32 * 8
+    size = 32 * SLICE  # so that each slice is one epoch
     data = torch.utils.data.TensorDataset(torch.randn(size, 64), torch.randint(0, 10, (size,)))
     config = TrainingConfig(
         epochs=10**6,
@@ -74,9 +73,11 @@ def cost_of_beats_s(slices: int, directory: Path) -> float:
     hooks = Slices(pulse.Pulse.unwatched())
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     Trainer(model, SimpleNamespace(), config, spec, hooks).train(data)
+    slices_s = hooks.seconds[WARM_UP_SLICES:]
+    neighbours = zip(slices_s, slices_s[1:], slices_s[2:], strict=False)
     differences = [
-        (one - other) * (1 if is_watched else -1) / SLICE
-        for (is_watched, one), (_, other) in pairwise(hooks.seconds[WARM_UP_SLICES:])
+        (own - (before + after) / 2) * (1 if is_watched else -1) / SLICE
+        for (_, before), (is_watched, own), (_, after) in neighbours
     ]
     return statistics.median(differences)
 
@@ -120,7 +121,7 @@ def cpu_s(pid: int) -> float:
 def main() -> None:
     """Measure and print, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slices", type=int, default=100, help=f"of {SLICE} steps each")
+    parser.add_argument("--slices", type=int, default=400, help=f"of {SLICE} steps each")
     parser.add_argument("--seconds", type=float, default=20.0, help="for which the watching process is measured")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
