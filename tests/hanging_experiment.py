@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from ray_trainer import Experiment, TaskSpec, TrainingConfig, distributed
 
 REGEX, STOP, SKIP = "regex", "stop", "skip"
 RANKS = {REGEX: 1, STOP: 0, SKIP: 1}
-STEPS = {REGEX: 40, STOP: 80, SKIP: 120}
+STEPS = {REGEX: 50, STOP: 85, SKIP: 130}  # in the middle of epochs, and with nothing to be saved: no exchange follows
 CLASSES = 3
 
 
@@ -43,6 +44,7 @@ class Hangs:
         self.step = record.step
         if self.must(STOP):
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.1)  # other threads are stopped first
         if self.must(SKIP):
             skip_next_exchange()
 

@@ -64,22 +64,28 @@ class StackFile:
         """The stacks of all threads now; empty if the process does not write them."""
         os.ftruncate(self._descriptor, 0)
         os.kill(self._pid, self._signal)
+        return self._written(look_every_s=0.05)
+
+    def take_stopped(self) -> str:
+        """As `take`, of a process that was stopped: it runs for the few milliseconds that this takes."""
+        os.ftruncate(self._descriptor, 0)
+        os.kill(self._pid, self._signal)  # handled before anything else, once it runs
+        os.kill(self._pid, signal.SIGCONT)
+        try:
+            return self._written(look_every_s=0.003)
+        finally:
+            os.kill(self._pid, signal.SIGSTOP)
+
+    def _written(self, look_every_s: float) -> str:
+        """What is in the file once it does not grow any more."""
         size, until = 0, time.monotonic() + _WRITTEN_WITHIN_S
         while time.monotonic() < until:
-            time.sleep(0.05)
+            time.sleep(look_every_s)
             written = os.fstat(self._descriptor).st_size
             if written and written == size:
                 break
             size = written
         return os.pread(self._descriptor, size, 0).decode(errors="replace")
-
-    def take_stopped(self) -> str:
-        """As `take`, of a process that was stopped: it runs for the moment that this takes."""
-        os.kill(self._pid, signal.SIGCONT)
-        try:
-            return self.take()
-        finally:
-            os.kill(self._pid, signal.SIGSTOP)
 
 
 def frames_of(text: str, thread: int) -> tuple[Frame, ...]:

@@ -63,7 +63,7 @@ class Watched:
             [sys.executable, "-S", "-P", "-m", "ray_trainer.pulse.process"],
             stdin=subprocess.PIPE,
             pass_fds=descriptors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert self._process.stdin is not None  # a pipe
         with self._process.stdin as pipe:
