@@ -36,7 +36,6 @@ class Monitor:
         """
         self._terms = terms
         self._host = host
-        self._watched: Watched | None = None
 
     @contextmanager
     def watching(self, run: Storage) -> Iterator[None]:
@@ -48,47 +47,39 @@ class Monitor:
         if self._terms is None:
             yield
             return
-        self._run = run
-        self._watched = Watched()
-        with self._watched.alive():
-            self.regroup()
+        watched = Watched()
+        with watched.alive():
+            self._be_watched(watched, self._terms, run)
             yield
-        self._watched = None
 
-    def regroup(self) -> None:
-        """Be watched as a member of the process group that there is now. Collective over it.
-
-        What was learned of the phases stays known.
-        """
-        if self._watched is None or self._terms is None:
-            return
+    def _be_watched(self, watched: Watched, terms: Terms, run: Storage) -> None:
         leads = distributed.rank() == 0
         listener = _listen() if leads and distributed.world_size() > 1 else None
-        desk = distributed.broadcast_object(self._desk(listener) if leads else None)
+        desk = distributed.broadcast_object(self._desk(listener, run) if leads else None)
         assert desk is not None  # rank 0's
         address, token, excused = desk
         orders = Orders(
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            floor_s=self._terms.floor_s,
-            patience_s=self._terms.patience_s,
+            floor_s=terms.floor_s,
+            patience_s=terms.patience_s,
             excused=excused,
             desk=address,
             token=token,
-            storage=pack(self._run),
+            storage=pack(run),
         )
         try:
-            self._watched.be_watched(orders, None if listener is None else listener.fileno())
+            watched.be_watched(orders, None if listener is None else listener.fileno())
         except OSError as error:
             logger.warning("Nobody watches rank %d: %s", distributed.rank(), error)
         if listener is not None:
             listener.close()
 
-    def _desk(self, listener: socket.socket | None) -> "_Desk":
+    def _desk(self, listener: socket.socket | None, run: Storage) -> "_Desk":
         """What rank 0 lets all know: where its desk is, and which hangs there have been."""
         address = None if listener is None else (self._host, int(listener.getsockname()[1]))
         try:
-            hangs = past_hangs(self._run)
+            hangs = past_hangs(run)
         except OSError as error:
             logger.warning("Earlier hangs of the run are not known: %s", error)
             hangs = []

@@ -47,7 +47,7 @@ class Watched:
             os.close(self._board)
 
     def be_watched(self, orders: Orders, listener: int | None = None) -> int:
-        """Start the process that watches, instead of the one before; its id. It ends with the calling thread.
+        """Start the process that watches; its id. It ends with the calling thread, or with `alive`.
 
         Args:
             orders: what it has to know.
@@ -56,7 +56,6 @@ class Watched:
         Raises:
             OSError: it could not be started.
         """
-        self._end()
         assignment = Assignment(os.getpid(), self._board, self._stacks, _DUMP_SIGNAL, listener, orders)
         descriptors = [number for number in (self._board, self._stacks, listener) if number is not None]
         self._process = subprocess.Popen(
@@ -74,7 +73,6 @@ class Watched:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process = None
 
     def _take_turns(self) -> None:
         """Show that threads can run; while one holds the interpreter, no other does."""
