@@ -91,7 +91,7 @@ def main(action: str, run_dir: str, desk: str = "") -> None:
         world_size=2 if desk else 1,
         floor_s=FLOOR_S,
         patience_s=1000.0,
-        excused=[(Phase.FORWARD, STEPS - 1)] if action == "excused" else [],
+        past=[(Phase.FORWARD, STEPS - 1)] if action == "excused" else [],
         desk=("127.0.0.1", port) if desk else None,
         token="secret",
         storage=pack(Storage.open(run_dir)),

@@ -57,13 +57,13 @@ class Monitor:
         listener = _listen() if leads and distributed.world_size() > 1 else None
         desk = distributed.broadcast_object(self._desk(listener, run) if leads else None)
         assert desk is not None  # rank 0's
-        address, token, excused = desk
+        address, token, past = desk
         orders = Orders(
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             floor_s=terms.floor_s,
             patience_s=terms.patience_s,
-            excused=excused,
+            past=past,
             desk=address,
             token=token,
             storage=pack(run),

@@ -13,7 +13,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.train import CheckpointUploadMode
 
-from ray_trainer import distributed, pulse
+from ray_trainer import distributed
 from ray_trainer.cluster.link import WorkerLink
 from ray_trainer.cluster.monitor import Monitor
 from ray_trainer.cluster.storage import storage_of
@@ -123,8 +123,7 @@ class RayRuntime:
             path = self._context.build_checkpoint_path_from_name(uri.rstrip("/").rsplit("/", 1)[-1])
             checkpoint = ray.train.Checkpoint(path=path, filesystem=self._context.storage_filesystem)
         plain = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        with pulse.during(pulse.Phase.EXCHANGE):  # it waits for all ranks
-            ray.train.report(plain, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        ray.train.report(plain, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
     def conclude(self, stop: Stop) -> None:
         """See `Runtime`; the worker's return value carries it to the driver."""

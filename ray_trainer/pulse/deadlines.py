@@ -30,9 +30,14 @@ def deadline_s(phase: Phase, durations: Durations, terms: Terms) -> float:
     Compiling, or loading for the first time, happens before enough is known.
     """
     if phase in PATIENT or sum(durations.counts) < LEARNED_AFTER:
-        return max(terms.floor_s, terms.patience_s, MULTIPLE * durations.longest_s)
+        return longest_wait_s(durations, terms)
     usual_s = durations.longest_s if phase in UNEVEN else percentile_s(durations, 0.99)
     return max(terms.floor_s, MULTIPLE * usual_s)
+
+
+def longest_wait_s(durations: Durations, terms: Terms) -> float:
+    """Seconds that a phase is given where nothing better is known."""
+    return max(terms.floor_s, terms.patience_s, MULTIPLE * durations.longest_s)
 
 
 def percentile_s(durations: Durations, share: float) -> float:

@@ -13,7 +13,7 @@ class Orders:
         rank: the worker's.
         world_size: how many ranks there are.
         floor_s, patience_s: see `Terms`.
-        excused: phases and steps in which an earlier process was ended: they get all the time.
+        past: phase and step of each time that a process of the run was ended so far: there it gets all the time.
         desk: host and port of the desk beside rank 0; None where there is one rank.
         token: shared by the monitors of a run.
         storage: where a hang is recorded, see `ray_trainer.hang_report.pack`.
@@ -23,7 +23,7 @@ class Orders:
     world_size: int
     floor_s: float
     patience_s: float
-    excused: Sequence[tuple[int, int]]
+    past: Sequence[tuple[int, int]]
     desk: tuple[str, int] | None
     token: str
     storage: str

@@ -1,14 +1,15 @@
 """Whether a worker hangs: what is seen of it from outside, tick by tick."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ray_trainer.pulse.board import Board, Reading
-from ray_trainer.pulse.deadlines import MULTIPLE, Terms, deadline_s
+from ray_trainer.pulse.deadlines import Terms, deadline_s, longest_wait_s
 from ray_trainer.pulse.desk import Report, ask
 from ray_trainer.pulse.orders import Assignment
-from ray_trainer.pulse.phases import Phase
+from ray_trainer.pulse.phases import PATIENT, Phase
 from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, frames_of
 from ray_trainer.pulse.verdict import Place
 
@@ -68,7 +69,7 @@ class Watch:
         self._orders = assignment.orders
         self._terms = Terms(assignment.orders.floor_s, assignment.orders.patience_s)
         self._same_for_s = min(SAME_FOR_S, self._terms.floor_s)
-        self._excused = {(phase, step) for phase, step in assignment.orders.excused}
+        self._past = Counter((phase, step) for phase, step in assignment.orders.past)
         self._board = Board(assignment.board)
         self._stacks = StackFile(assignment.pid, assignment.stacks, assignment.signal)
         self._now = _Stillness(self._board.read())
@@ -112,14 +113,14 @@ class Watch:
 
     def _deadline_s(self) -> float:
         phase = self._now.reading.phase
-        if (phase, self._now.reading.step) in self._excused:
+        if self._past[phase, self._now.reading.step]:
             return self._limit_s()
         return deadline_s(phase, self._board.durations(phase), self._terms)
 
     def _limit_s(self) -> float:
-        """What even a worker that is at work may take in one phase."""
-        longest_s = self._board.durations(self._now.reading.phase).longest_s
-        return max(self._terms.floor_s, self._terms.patience_s, MULTIPLE * longest_s)
+        """What even a worker that is at work may take in one phase; more where one was ended before, maybe in error."""
+        phase, step = self._now.reading.phase, self._now.reading.step
+        return longest_wait_s(self._board.durations(phase), self._terms) * 2.0 ** self._past[phase, step]
 
     def _examine(self, elapsed_s: float) -> Hang | None:
         """A deadline has passed. Work changes the stack, a hang does not."""
@@ -132,7 +133,7 @@ class Watch:
         else:
             now.was_at_work = now.frames is not None
             now.frames, now.same_s = frames, 0.0
-        if now.still_s >= self._limit_s() + SAME_FOR_S:
+        if now.still_s >= self._limit_s() + SAME_FOR_S and now.reading.phase not in PATIENT:
             return self._found("it takes too long")
         does = activity(frames)
         if does is Activity.WAITS and self._orders.world_size > 1:
