@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ray_trainer import pulse
 from ray_trainer.errors import RayTrainerError, RunError
 
 T = TypeVar("T")
@@ -38,7 +39,8 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    with pulse.during(pulse.Phase.EXCHANGE):
+        dist.all_gather_object(gathered, value)
     return cast(list[T], gathered)
 
 
@@ -47,7 +49,8 @@ def broadcast_object(value: T, source: int = 0) -> T:
     if world_size() == 1:
         return value
     box = [value if rank() == source else None]
-    dist.broadcast_object_list(box, src=source)
+    with pulse.during(pulse.Phase.EXCHANGE):
+        dist.broadcast_object_list(box, src=source)
     return cast(T, box[0])
 
 
@@ -66,7 +69,11 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return rows.unsqueeze(0)
     gathered = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(gathered, rows.contiguous())
+    before = pulse.beat(pulse.Phase.EXCHANGE)
+    try:
+        dist.all_gather(gathered, rows.contiguous())
+    finally:
+        pulse.beat(before)
     return torch.stack(gathered)
 
 

@@ -2,10 +2,11 @@
 
 import torch
 
-from ray_trainer import distributed
+from ray_trainer import distributed, pulse
 from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
 from ray_trainer.forward import Forward
 from ray_trainer.metrics.tracker import MetricsTracker
+from ray_trainer.pulse import Phase
 from ray_trainer.runtime import Runtime, Stop
 from ray_trainer.seeding import isolated_rng
 from ray_trainer.task import Task
@@ -39,10 +40,12 @@ class ValidationLoop:
     def _totals(self, source: BatchSource) -> list[float] | None:
         rows: list[tuple[torch.Tensor | int, ...]] = []  # read at the end: no wait for the device before
         for step_batch in source.steps(epoch=0):
+            pulse.beat(Phase.VALIDATION)
             rows += self._measure_all(step_batch)
             self._agree_on_stop()
             if self.stop is not Stop.NONE:
                 return None
+        pulse.beat(Phase.OTHER)  # a device computes all that it was given meanwhile
         totals = [0.0] * (2 + 2 * len(self._task.metric_names))
         for row in rows:
             totals = [total + float(value) for total, value in zip(totals, row, strict=True)]

@@ -25,7 +25,7 @@ from ray_trainer.state import Progress
 from ray_trainer.storage import Storage
 
 #: What belongs to a run in its directory, beside its checkpoints.
-RUN_FILES = ("run.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "tensorboard", "report.html")
+RUN_FILES = ("run.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "tensorboard", "stacks", "report.html")
 _PACKAGES = ("ray-trainer", "torch", "ray", "numpy", "pyarrow", "safetensors", "tensorboardX")
 
 

@@ -1,27 +1,27 @@
 """The order of everything inside a training step."""
 
 import math
-import operator
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import reduce
 from typing import Protocol
 
 import torch
 
-from ray_trainer import distributed
+from ray_trainer import distributed, pulse
 from ray_trainer.checkpoint import Tier
 from ray_trainer.data.batch import count_samples
 from ray_trainer.data.cutting import cut
 from ray_trainer.data.source import Batch, BatchSource, StepBatch, to_device
 from ray_trainer.errors import DivergenceError, MemoryShortageError
+from ray_trainer.exchange import Agreed, StepExchange
 from ray_trainer.forward import Forward, RunningStatistics
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
 from ray_trainer.hooks import StepRecord
 from ray_trainer.losses import LossResult
 from ray_trainer.metrics.sums import MetricSums
-from ray_trainer.runtime import Runtime, Stop
+from ray_trainer.pulse import Phase
+from ray_trainer.runtime import Runtime
 from ray_trainer.seeding import seed_step
 from ray_trainer.shortage import explained
 from ray_trainer.state import Progress
@@ -58,8 +58,7 @@ class TrainingLoop:
         yield
 
     Attributes:
-        stop: the wish to stop that all ranks agreed on with the last step.
-        busy: where a checkpoint of any rank was still on its way to then.
+        agreed: what all ranks told each other with the last step.
         wants_rollback: the last step asks to go back to a state before it; agreed on as well.
         is_whole: the model is what the last completed step left, also after an error in the next one.
         batch_losses: of this rank's micro-batches of the last step.
@@ -86,18 +85,15 @@ class TrainingLoop:
         self._monitor = monitor
         self._progress = progress
         self._sums = sums
-        self._runtime = runtime
         self._seed = seed
-        self._saving_to = saving_to
+        self._exchange = StepExchange(runtime, saving_to)
         self._may_retry = may_retry
         self._watch = watch
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model)
-        self._clock = time.monotonic()
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
-        self.stop = Stop.NONE
-        self.busy = Tier.NONE
+        self.agreed = Agreed()
         self.wants_rollback = False
         self.is_whole = True
         self._data_wait_s = 0.0
@@ -114,10 +110,12 @@ class TrainingLoop:
         batches = source.steps(self._progress.epoch, start=self._progress.step_in_epoch)
         self._forward.module.train()
         while True:
+            pulse.beat(Phase.DATA)
             before = time.perf_counter()
             step_batch = next(batches, None)
             self._data_wait_s += time.perf_counter() - before
             if step_batch is None:
+                pulse.beat(Phase.OTHER)
                 return
             if not self._buckets_settled:
                 self._settle_buckets(step_batch)
@@ -127,6 +125,7 @@ class TrainingLoop:
 
     def _step(self, step_batch: StepBatch) -> StepRecord:
         progress = self._progress
+        pulse.step(progress.step)
         seed_step(self._seed, progress.step, self._rank)
         self._statistics.remember()
         try:
@@ -138,11 +137,12 @@ class TrainingLoop:
 
         local_count = sum(float(result.loss.count) for result in results)
         local_loss = sum(float(r.loss.sum.detach()) for r in results) if self._monitor.needs_loss else 0.0
-        count, num_samples, seconds, loss = self._agree(local_count, step_batch.num_samples, local_loss)
-        mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
+        agreed = self.agreed = self._exchange.agree(local_count, step_batch.num_samples, local_loss)
+        pulse.beat(Phase.UPDATE)
+        mean_count = agreed.count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
         norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
-        verdict = self._judge(norm, loss / count) if count else Verdict.SKIP
+        verdict = self._judge(norm, agreed.loss_sum / agreed.count) if agreed.count else Verdict.SKIP
         self.wants_rollback = verdict is Verdict.ROLLBACK
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
@@ -151,8 +151,9 @@ class TrainingLoop:
         else:
             self._statistics.put_back()
             self._accumulator.discard()
-        progress.complete_step(num_samples, seconds, skipped=not is_updated)
+        progress.complete_step(agreed.num_samples, agreed.seconds, skipped=not is_updated)
         self.is_whole = True
+        pulse.beat(Phase.OTHER)
         return StepRecord(
             step=progress.step,
             epoch=progress.epoch,
@@ -160,9 +161,9 @@ class TrainingLoop:
             loss_count=self.batch_losses[-1].count,
             gradient_norm=norm,
             learning_rate=learning_rate,
-            num_samples=num_samples,
+            num_samples=agreed.num_samples,
             skipped=not is_updated,
-            reason=self._monitor.finding if count else None,
+            reason=self._monitor.finding if agreed.count else None,
         )
 
     def _judge(self, norm: float, loss: float) -> Verdict:
@@ -216,10 +217,12 @@ class TrainingLoop:
     def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
         whole = place // self._progress.pieces_now  # of which this is a piece
         self._watch.enter(whole)
+        pulse.beat(Phase.FORWARD)
         result = self._evaluate(micro_batch)
         self._watch.enter_backward(whole)
         if place >= num_real:
             result = _weightless(result)
+        pulse.beat(Phase.BACKWARD)
         self._accumulator.backward(result.loss.sum)
         return result
 
@@ -227,24 +230,6 @@ class TrainingLoop:
         batch = to_device(micro_batch, self._forward.device)
         with self._forward.precision():
             return self._task.evaluate(self._forward.module, batch)
-
-    def _agree(self, count: float, num_samples: int, loss: float) -> tuple[float, int, float, float]:
-        """Count and samples of the global batch, seconds since the last step, summed loss, equal on all ranks.
-
-        Wishes to stop, and checkpoints that are being written, ride on the same exchange.
-        """
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        wish, busy = self._runtime.requested_stop(), self._saving_to()
-        if self._world_size == 1:
-            self.stop, self.busy = wish, busy
-            return count, num_samples, seconds, loss
-        mine = torch.tensor([[count, num_samples, wish, seconds, busy, loss]], dtype=torch.float64)
-        rows = distributed.gather_rows(mine)[:, 0].tolist()
-        self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
-        self.stop = Stop(int(max(row[2] for row in rows)))
-        total_loss = sum(row[5] for row in rows)
-        return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3], total_loss
 
     def _settle_buckets(self, step_batch: StepBatch) -> None:
         """Make the exchange of gradients the same in every process of a run, from its first step on.
@@ -254,6 +239,7 @@ class TrainingLoop:
         step after a restart would differ in its last bits. A pass that is thrown away comes first.
         """
         self._buckets_settled = True
+        pulse.beat(Phase.FORWARD)
         self._statistics.remember()
         self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
         self._statistics.put_back()
@@ -272,7 +258,7 @@ class TrainingLoop:
 
     def restart_clock(self) -> None:
         """Training starts now: set-up does not count as time of the first step."""
-        self._clock = time.monotonic()
+        self._exchange.restart_clock()
 
 
 def _joined(losses: list[LossResult]) -> LossResult:

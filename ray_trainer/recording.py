@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ray_trainer import distributed
@@ -16,6 +16,7 @@ from ray_trainer.metrics.tracker import MetricsTracker
 from ray_trainer.runtime import Runtime
 from ray_trainer.setup import Setup
 from ray_trainer.state import Progress
+from ray_trainer.stragglers import Straggler
 from ray_trainer.task import Task
 from ray_trainer.triggers import EarlyStopping
 
@@ -98,6 +99,11 @@ class Recorder:
             self._log_row()
         if self._pace.display_is_due():
             self._runtime.show(self._progress_record())
+
+    def straggler(self, straggler: Straggler) -> None:
+        """Tell that a rank is slow."""
+        progress = self.progress
+        self._books.journal.event("straggler", progress.step, progress.last_epoch, **asdict(straggler))
 
     def validation(self, means: Mapping[str, float]) -> None:
         """Keep, log and judge a validation of the last completed step."""

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ray_trainer import distributed
+from ray_trainer import distributed, pulse
 from ray_trainer.config import TrainingConfig
 from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.hooks import NO_REQUEST, HookCaller, Request, StepRecord, requested
 from ray_trainer.hooks.checks import Hook
 from ray_trainer.loop import TrainingLoop
+from ray_trainer.pulse import Phase
 from ray_trainer.recording import Recorder
 from ray_trainer.replicas import Replicas
 from ray_trainer.rollback import Rollback
@@ -77,7 +78,8 @@ class Run:
             self._compare_replicas(is_saved=True)
             self._catch_up()
             self._loop.restart_clock()
-            self._train()
+            with pulse.measured(distributed.world_size() > 1):
+                self._train()
         except Exception as error:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
@@ -128,7 +130,7 @@ class Run:
             if self._loop.wants_rollback and self._roll_back(record):
                 return False
             self._after_step(record)
-            self.interruption = max(self.interruption, self._loop.stop)
+            self.interruption = max(self.interruption, self._loop.agreed.stop)
             if self._has_gone_back:
                 return False
             if self.interruption is not Stop.NONE or self._limits.reached(self._progress):
@@ -143,12 +145,14 @@ class Run:
         return self._has_gone_back
 
     def _after_step(self, record: StepRecord) -> None:
-        self._saver.poll(self._loop.busy)
+        self._saver.poll(self._loop.agreed.busy)
         self._recorder.step(record, self._loop.take_data_wait_s())
+        for straggler in self._loop.agreed.stragglers:
+            self._recorder.straggler(straggler)
         self._call_after_step(record)
-        if self._compare_replicas(is_saved=self._saver.snapshot_is_due(self._loop.busy)):
+        if self._compare_replicas(is_saved=self._saver.snapshot_is_due(self._loop.agreed.busy)):
             return
-        if self._saver.snapshot_is_due(self._loop.busy):
+        if self._saver.snapshot_is_due(self._loop.agreed.busy):
             self._recorder.flush()
             self._saver.snapshot(self._recorder.metrics())
         if not self._limits.ends_epoch(self._progress) and not self._limits.reached(self._progress):
@@ -217,6 +221,9 @@ class Run:
 
     def _call_after_step(self, record: StepRecord) -> None:
         hooks = self._hooks
+        if hooks.on_batch_end is None and hooks.on_step_end is None:
+            return
+        before = pulse.beat(Phase.HOOK)
         request = NO_REQUEST
         if hooks.on_batch_end is not None:
             first = (self._progress.step_in_epoch - 1) * self._sources.micro_batches_a_step
@@ -224,8 +231,8 @@ class Run:
                 request |= requested(hooks.on_batch_end(index, float(loss.mean.detach())))
         if hooks.on_step_end is not None:
             request |= requested(hooks.on_step_end(record))
-        if hooks.on_batch_end is not None or hooks.on_step_end is not None:
-            self._agree_on(request)  # once a step: ranks may have different numbers of micro-batches
+        pulse.beat(before)
+        self._agree_on(request)  # once a step: ranks may have different numbers of micro-batches
 
     def _ask(self, hook: Hook | None, *arguments: object) -> None:
         """Call a hook that every rank has or none, and carry out what it asks for. Collective if it is there."""

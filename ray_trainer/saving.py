@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_trainer import distributed
+from ray_trainer import distributed, pulse
 from ray_trainer.checkpoint import (
     CheckpointManager,
     CheckpointMeta,
@@ -118,6 +118,7 @@ class Saver:
     def snapshot(self, metrics: Mapping[str, float]) -> None:
         """Take a snapshot of the last completed step to memory. On all ranks."""
         assert self._memory is not None  # it is due only there
+        pulse.beat(pulse.Phase.SAVE)
         self._audience.journal.flush()  # rows up to here must not be lost with this process
         self._memory.take(self._state.state_dict(), self._rank_state(), self._meta_now(metrics))
 
@@ -189,6 +190,7 @@ class Saver:
             self._memory.close()
 
     def _begin(self, metrics: Mapping[str, float]) -> None:
+        pulse.beat(pulse.Phase.SAVE)
         meta = self._meta_now(metrics)
         self.saved_at_s = self._progress.elapsed_s
         self._retry_at_s = math.inf  # this is the next attempt
@@ -209,6 +211,7 @@ class Saver:
 
     def _advance(self) -> None:
         assert self._pending is not None  # asked by those who know
+        pulse.beat(pulse.Phase.SAVE)
         pending = self._pending
         try:
             record = self._manager.advance(pending.commit)

@@ -34,6 +34,7 @@ _SYNONYMS = {
     "torch_threads_per_worker": "num_threads omp_num_threads threads_per_worker torch_threads",
     "snapshot_every_n_steps": "snapshot_interval memory_checkpoint_interval in_memory_checkpoint_every_n_steps",
     "collective_timeout_s": "timeout timeout_s torch_timeout nccl_timeout ddp_timeout collective_timeout",
+    "hang_floor_s": "hang_timeout hang_timeout_s heartbeat_timeout watchdog_timeout hang_s",
 }
 
 
@@ -87,6 +88,9 @@ class ClusterConfig(Section):
     """Steps between snapshots in Ray's object store, from which workers that were restarted go on. None: none."""
     collective_timeout_s: Positive = 1800.0
     """Seconds that workers wait for each other before they take one for dead."""
+    hang_floor_s: Positive | None = 10.0
+    """Least seconds without a sign of life after which a worker may count as hung: its stacks are written, and it
+    is replaced. What is usual for a phase of the training prolongs it. None: no hang is looked for."""
 
     other_names: ClassVar[Mapping[str, str]] = {
         theirs: ours for ours, names in _SYNONYMS.items() for theirs in names.split()

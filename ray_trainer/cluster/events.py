@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray_trainer.errors import (
     RayTrainerError,
     StateMismatchError,
 )
-from ray_trainer.metrics import EventLog
+from ray_trainer.metrics import EventLog, read_events
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class FailureRecorder(UserCallback):
     def __init__(self, run: Storage, link: ActorHandle | None) -> None:
         self._run = run
         self._link = link
+        self._told_until = time.time()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record the failure of workers. Ray decides what follows."""
@@ -44,6 +46,8 @@ class FailureRecorder(UserCallback):
         try:
             EventLog.of_controller(self._run).record("failure", cause=cause, traceback=_tracebacks(worker_exceptions))
             if self._link is not None:
+                for hang in self._new_hangs():
+                    self._link.announce.remote(hang)
                 self._link.announce.remote({"event": "failure", "cause": cause})
         except (OSError, LeaseLostError, ray.exceptions.RayError) as error:
             logger.warning("The failure of a worker could not be recorded: %s", error)
@@ -51,6 +55,11 @@ class FailureRecorder(UserCallback):
             final = final_error(failure)
             if final is not None:
                 raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
+
+    def _new_hangs(self) -> list[dict[str, Any]]:
+        """Those that the monitors have recorded since the last failure."""
+        since, self._told_until = self._told_until, time.time()
+        return [row for row in read_events(self._run) if row["event"] == "hang" and float(row["time"]) > since]
 
 
 def _tracebacks(failures: Mapping[int, BaseException]) -> dict[str, str]:
@@ -75,6 +84,11 @@ def tell(event: Mapping[str, Any]) -> str | None:
             return f"the {split} data has changed ({action}): {'; '.join(differs)}"
         case {"event": "data_quarantined", "split": split, "num_rows": rows, "num_files": files}:
             return f"of the {split} data, {rows} rows and {files} files are left out because they are bad"
+        case {"event": "hang", "rank": rank, "phase": phase, "seconds": seconds, "last_lines": lines}:
+            where = f" at {lines[0]}" if lines else ""
+            return f"rank {rank} hung in {phase} for {seconds:.0f} s{where}, and was ended"
+        case {"event": "straggler", "rank": rank, "ratio": ratio, "phase": phase}:
+            return f"rank {rank} is slow: {ratio:.1f} times the others, mostly in {phase}"
         case {"event": "step_skipped", "step": step, "gradient_norm": norm}:
             return f"step {step} was skipped: its gradient norm is {norm}"
         case {"event": "rolled_back", "step": step, "to_step": target, "reason": reason}:

@@ -21,6 +21,7 @@ from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_e
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
+from ray_trainer.cluster.monitor import terms_of
 from ray_trainer.cluster.readiness import require_cluster, require_storage
 from ray_trainer.cluster.session import (
     ray_session,
@@ -135,6 +136,7 @@ def fit_watched(
             link=link,
             vault=_open_vault(cluster),
             lease=storage.fence.epoch,
+            hang=terms_of(cluster),
             start_from=start_from,
         )
         mirror(storage, list_checkpoints(storage))

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -14,9 +15,11 @@ from ray.train import CheckpointUploadMode
 
 from ray_trainer import distributed
 from ray_trainer.cluster.link import WorkerLink
+from ray_trainer.cluster.monitor import Monitor
 from ray_trainer.cluster.storage import storage_of
 from ray_trainer.cluster.telemetry import Telemetry
 from ray_trainer.cluster.vault import RayVault
+from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop, fence_on_all_ranks
 from ray_trainer.storage import Storage
 from ray_trainer.storage.lease import follow
@@ -26,7 +29,12 @@ class RayRuntime:
     """Inside a worker of a `TorchTrainer`."""
 
     def __init__(
-        self, link: ActorHandle | None, description: Mapping[str, Any], lease: int, vault: RayVault | None
+        self,
+        link: ActorHandle | None,
+        description: Mapping[str, Any],
+        lease: int,
+        vault: RayVault | None,
+        hang: Terms | None,
     ) -> None:
         """Take what the driver sent along.
 
@@ -35,6 +43,7 @@ class RayRuntime:
             description: the resolved sections of the run file that training does not know itself.
             lease: the driver's; this start of the workers claims the run on its behalf.
             vault: for snapshots in memory, if there are to be any.
+            hang: when this worker counts as hung; None for never.
         """
         self._context = ray.train.get_context().get_storage()  # DeveloperAPI: where Ray keeps this run
         self._storage = storage_of(self._context.storage_filesystem, self._context.experiment_fs_path)
@@ -44,6 +53,7 @@ class RayRuntime:
         self._link = WorkerLink(link if distributed.rank() == 0 else None)
         run = self._storage.path.rstrip("/").rpartition("/")[2]
         self._telemetry = Telemetry(run, self._storage, is_on=distributed.rank() == 0)
+        self.monitor = Monitor(hang, ray.util.get_node_ip_address())
         self.stopped = Stop.NONE
 
     @property
@@ -80,7 +90,8 @@ class RayRuntime:
         storage = self._storage
         self._storage = storage.fenced(fence_on_all_ranks(lambda: follow(storage, self._lease)))
         try:
-            yield
+            with self.monitor.watching(self._storage):
+                yield
         finally:
             self._storage = storage
 

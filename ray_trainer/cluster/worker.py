@@ -19,6 +19,7 @@ from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.cluster.vault import RayVault
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import ConfigError, RayTrainerError
+from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop
 from ray_trainer.seeding import set_random_seed
 from ray_trainer.task import Experiment
@@ -39,6 +40,7 @@ class Job:
         link: to the driver.
         vault: for snapshots in memory.
         lease: the driver's, on the run's directory; 0 where nothing is going to be written.
+        hang: when a worker counts as hung; None for never.
         start_from: a checkpoint of another run, for as long as this one has none of its own.
     """
 
@@ -51,6 +53,7 @@ class Job:
     link: ActorHandle | None
     vault: RayVault | None
     lease: int
+    hang: Terms | None
     start_from: str | None = None
 
 
@@ -73,7 +76,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
-    runtime = RayRuntime(job.link, job.description, job.lease, job.vault)
+    runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang)
     try:
         trainer = _build_trainer(job, runtime)
         train, val = (_open(job.datasets.get(name)) for name in ("train", "val"))

@@ -4,17 +4,17 @@ It lives as long as the thread that started it at most: a worker that was killed
 its successor writes the same files. Signals are meant for the training, which decides what becomes of them.
 """
 
-import ctypes
 import logging
 import mmap
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
+
+from ray_trainer.pulse.descent import die_with, ignore_interruptions
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ Job = Callable[[memoryview], Any]
 
 _TOLD_EVERY_S = 60.0
 _ENDS_WITHIN_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class ProcessBeside:
@@ -125,20 +124,11 @@ def _portable(outcome: tuple[Any, Exception | None]) -> bytes:
     return data
 
 
-def _die_with(parent: int) -> None:
-    """Let the system end this process with the thread that started it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before it was asked for
-        sys.exit(1)
-
-
 def main() -> None:
     """Serve until the connection is closed."""
     connection, memory, parent = (int(argument) for argument in sys.argv[1:])
-    _die_with(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    die_with(parent)
+    ignore_interruptions()
     with mmap.mmap(memory, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as view:
         _serve(Connection(connection), view)
 

@@ -100,8 +100,9 @@ def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(run_file, undistur
 
 
 def test_second_driver_is_refused_and_the_same_command_right_after_a_kill_ends_as_the_undisturbed_one(
-    run_file, undisturbed
+    tmp_path, undisturbed
 ):
+    run_file = digits(tmp_path, hang_floor_s=None)
     with training(run_file) as command:
         command.wait_for_step(1)
         worker = command.worker_pid(1)

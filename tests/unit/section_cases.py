@@ -119,6 +119,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         "torch_threads_per_worker": OPTIONAL_COUNT,
         "snapshot_every_n_steps": OPTIONAL_COUNT,
         "collective_timeout_s": POSITIVE,
+        "hang_floor_s": OPTIONAL_POSITIVE,
     },
     RunFile: {
         "experiment": ([3, None], ["", "digits.py", "digits.py:", ":experiment", "a:b:c", "digits.py:1a"]),

@@ -1,0 +1,80 @@
+"""What all ranks have to know of a step before it may change anything, in one small exchange."""
+
+import operator
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from ray_trainer import distributed, pulse
+from ray_trainer.checkpoint import Tier
+from ray_trainer.runtime import Runtime, Stop
+from ray_trainer.stragglers import Straggler, StragglerWatch
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks told each other with a step; equal on all of them but for `stragglers`, which rank 0 knows.
+
+    Attributes:
+        count: by which the loss is weighted, of the global batch.
+        num_samples: of the global batch.
+        loss_sum: of the global batch; 0 where nobody asked for it.
+        seconds: since the last step, on rank 0.
+        stop: the wish to stop of any rank.
+        wants_save: the surroundings of some rank want a checkpoint at once.
+        busy: where a checkpoint of any rank is still on its way to.
+        stragglers: ranks that were found to be slow.
+    """
+
+    count: float = 0.0
+    num_samples: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    stop: Stop = Stop.NONE
+    wants_save: bool = False
+    busy: Tier = Tier.NONE
+    stragglers: tuple[Straggler, ...] = ()
+
+
+class StepExchange:
+    """Brings the ranks' columns together, a row a rank.
+
+    Args:
+        runtime: knows of wishes.
+        saving_to: where a checkpoint of this rank is on its way to.
+    """
+
+    def __init__(self, runtime: Runtime, saving_to: Callable[[], Tier]) -> None:
+        self._runtime = runtime
+        self._saving_to = saving_to
+        self._stragglers = StragglerWatch()
+        self._clock = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Training starts now: set-up does not count as time of the first step."""
+        self._clock = time.monotonic()
+
+    def agree(self, count: float, num_samples: int, loss_sum: float) -> Agreed:
+        """Tell this rank's part of the step, and learn the whole. Collective."""
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        stop, save, busy = self._runtime.requested_stop(), self._runtime.requested_save(), self._saving_to()
+        if distributed.world_size() == 1:
+            return Agreed(count, num_samples, loss_sum, seconds, stop, save, busy)
+        own = [count, num_samples, loss_sum, seconds, stop, save, busy, *pulse.take_own_times()]
+        rows = distributed.gather_rows(torch.tensor([own], dtype=torch.float64))[:, 0]
+        counts, samples, losses, times, stops, saves, tiers = rows[:, :7].T.tolist()
+        slow = self._stragglers.add(rows[:, 7:], times[0]) if distributed.rank() == 0 else []
+        return Agreed(
+            count=sum(counts),
+            num_samples=int(sum(samples)),
+            loss_sum=sum(losses),
+            seconds=times[0],
+            stop=Stop(int(max(stops))),
+            wants_save=any(saves),
+            busy=Tier(reduce(operator.or_, map(int, tiers))),
+            stragglers=tuple(slow),
+        )

@@ -1,0 +1,105 @@
+"""An experiment whose ranks hang, each in its own way and once: files in ``model.marks`` tell what has happened."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ray_trainer import Experiment, TaskSpec, TrainingConfig, distributed
+
+REGEX, STOP, SKIP = "regex", "stop", "skip"
+RANKS = {REGEX: 1, STOP: 0, SKIP: 1}
+STEPS = {REGEX: 50, STOP: 85, SKIP: 130}  # in the middle of epochs, and with nothing to be saved: no exchange follows
+CLASSES = 3
+
+
+class Points(Dataset):
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        self.features = torch.randn(size, 5, generator=generator)
+        self.labels = torch.randint(0, CLASSES, (size,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"features": self.features[index], "labels": self.labels[index]}
+
+
+class Hangs:
+    """Hooks that also tell the model which step it is at."""
+
+    def __init__(self, marks: Path) -> None:
+        self.marks = marks
+        self.step = 0
+
+    def on_step_end(self, record: Any) -> None:
+        self.step = record.step
+        if self.must(STOP):
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.1)  # other threads are stopped first
+        if self.must(SKIP):
+            skip_next_exchange()
+
+    def must(self, kind: str) -> bool:
+        """Whether this rank is to hang now; it won't a second time."""
+        if self.step < STEPS[kind] or distributed.rank() != RANKS[kind] or (self.marks / kind).exists():
+            return False
+        (self.marks / kind).touch()
+        return True
+
+
+def skip_next_exchange() -> None:
+    gather_rows = distributed.gather_rows
+
+    def skip(rows: torch.Tensor) -> torch.Tensor:
+        distributed.gather_rows = gather_rows
+        return torch.stack([rows] * distributed.world_size())
+
+    distributed.gather_rows = skip
+
+
+class Network(nn.Module):
+    def __init__(self, hangs: Hangs) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+        self.hangs = hangs
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and self.hangs.must(REGEX):
+            re.match(r"(a?){40}a{40}", "a" * 40)
+        return self.layers(features)
+
+
+class Build:
+    """The functions of the experiment, which share the hooks."""
+
+    def __init__(self) -> None:
+        self._hangs: Hangs | None = None
+
+    def model(self, config: SimpleNamespace) -> nn.Module:
+        self._hangs = Hangs(Path(config.marks))
+        return Network(self._hangs)
+
+    def hooks(self) -> Hangs | None:
+        return self._hangs
+
+
+def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, Any]:
+    return {"train": Points(size=320), "val": Points(size=32)}
+
+
+build = Build()
+experiment = Experiment(
+    build.model,
+    build_datasets,
+    TaskSpec("points", "tabular_classification", input_fields=["features"]),
+    build_hooks=build.hooks,
+)
