@@ -14,7 +14,9 @@
     │   └── StateMismatchError (ValueError)    the checkpoint belongs to something else
     ├── DivergenceError (RuntimeError)         gradients or losses stopped being numbers
     ├── LeaseHeldError (RuntimeError)          another process is at work on the run; says which
+    ├── PreemptedError (RuntimeError)          a node is going to be taken away; training goes on elsewhere
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
+        └── RepeatedFailureError               it would fail again in the same way
 
 All of them survive pickling between processes: the message is the only argument.
 """
@@ -80,5 +82,13 @@ class DivergenceError(RayTrainerError, RuntimeError):
     """Training stopped because its numbers went wrong too many times in a row."""
 
 
+class PreemptedError(RayTrainerError, RuntimeError):
+    """Workers have saved and left, because a node of theirs is going to be taken away."""
+
+
 class RunError(RayTrainerError, RuntimeError):
     """A run on the cluster ended in failure; the message says why and how to go on."""
+
+
+class RepeatedFailureError(RunError):
+    """The same failure came again at the same place, or again and again without progress: no restart helps."""

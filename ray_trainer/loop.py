@@ -39,6 +39,7 @@ class TrainingLoop:
 
     Attributes:
         stop: the wish to stop that all ranks agreed on with the last step.
+        wants_save: the surroundings of some rank wanted a checkpoint with it.
         busy: where a checkpoint of any rank was still on its way to then.
         is_whole: the model is what the last completed step left, also after an error in the next one.
         batch_losses: of this rank's micro-batches of the last step.
@@ -72,6 +73,7 @@ class TrainingLoop:
         self._clock = time.monotonic()
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
         self.stop = Stop.NONE
+        self.wants_save = False
         self.busy = Tier.NONE
         self.is_whole = True
         self._data_wait_s = 0.0
@@ -178,14 +180,15 @@ class TrainingLoop:
         """
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        wish, busy = self._runtime.requested_stop(), self._saving_to()
+        wish, busy, save = self._runtime.requested_stop(), self._saving_to(), self._runtime.requested_save()
         if self._world_size == 1:
-            self.stop, self.busy = wish, busy
+            self.stop, self.busy, self.wants_save = wish, busy, save
             return count, num_samples, seconds
-        mine = torch.tensor([[count, num_samples, wish, seconds, busy]], dtype=torch.float64)
+        mine = torch.tensor([[count, num_samples, wish, seconds, busy, save]], dtype=torch.float64)
         rows = distributed.gather_rows(mine)[:, 0].tolist()
         self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
         self.stop = Stop(int(max(row[2] for row in rows)))
+        self.wants_save = any(row[5] for row in rows)
         return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
 
     def _settle_buckets(self, step_batch: StepBatch) -> None:

@@ -100,6 +100,7 @@ class Run:
 
     def _after_step(self, record: StepRecord) -> None:
         self._saver.poll(self._loop.busy)
+        self._save_requested |= self._loop.wants_save
         self._recorder.step(record, self._loop.take_data_wait_s())
         self._call_after_step(record)
         if self._saver.snapshot_is_due(self._loop.busy):
