@@ -80,14 +80,14 @@ def pack_state(state: Mapping[str, Any], stripe: Stripe = ALONE) -> StateFiles:
     names = sorted(state, key=lambda part: part not in _OWN_FILE)
     encoded = encode({name: state[name] for name in names}, file_of=_file_of)
     others = sum(size_bytes(tensors) for file, tensors in encoded.tensors.items() if file != _STRIPED)
-    parts = divide(encoded.tensors.pop(_STRIPED, {}), others, stripe.count)
+    parts = divide(encoded.tensors.pop(_STRIPED, {}), others, stripe.world_size)
     mine = parts[stripe.rank]
     if stripe.rank:
         images = [tensor_image(f"{_STRIPED}.stripe{stripe.rank:05d}.safetensors", mine)] if mine else []
     else:
         encoded.tensors.update({_STRIPED: mine} if mine else {})
         images = _images(encoded, _SHARED)
-    return StateFiles(images, digest(parts) if stripe.count > 1 else "")
+    return StateFiles(images, digest(parts) if stripe.world_size > 1 else "")
 
 
 def pack_rank_state(rank_state: Mapping[str, Any], rank: int) -> list[FileImage]:

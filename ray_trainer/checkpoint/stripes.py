@@ -22,11 +22,11 @@ class Stripe(NamedTuple):
 
     Attributes:
         rank: that writes.
-        count: of ranks that do.
+        world_size: how many write it.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
 
 ALONE = Stripe()
