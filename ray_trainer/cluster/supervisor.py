@@ -10,6 +10,7 @@ from ray.train.torch import TorchTrainer
 
 from ray_trainer.checkpoint.catalog import list_checkpoints
 from ray_trainer.cluster.events import explain_failure, final_error, furthest_step, record
+from ray_trainer.cluster.groups import RESERVED, free_group
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.storage import mirror
 from ray_trainer.cluster.watching import Watch, exchange
@@ -26,8 +27,8 @@ def run_to_end(
 ) -> Outcome:
     """Train until the run ends, through any number of losses of Ray's controller that had progress in between.
 
-    Workers of a controller that is gone end by themselves, and can't save any more once the next ones have claimed
-    the run.
+    The workers of a controller that is gone are ended; they can't save any more once the next ones have claimed the
+    run.
 
     Args:
         trainer: makes one anew for each start.
@@ -41,30 +42,51 @@ def run_to_end(
     """
     while True:
         mirror(storage, list_checkpoints(storage))
-        ended = _wait(trainer(), link, watch)
+        start = _Start(trainer(), link, watch)
+        ended = start.wait()
         if not isinstance(ended, ray.exceptions.RayActorError) or not retries.allow(furthest_step(storage, link)):
             mirror(storage, list_checkpoints(storage))
             return _outcome(ended, storage)
         record(storage, link, "controller_lost", reason="Ray's controller of the run died; another one is started")
+        start.free_workers()
 
 
-def _wait(trainer: TorchTrainer, link: ActorHandle, watch: Watch) -> Outcome | BaseException:
-    """Let the controller work in a thread; this one passes on what is new, and the wish to stop."""
-    box: list[Outcome | BaseException] = []
+class _Start:
+    """One start of a controller, which works in a thread."""
 
-    def work() -> None:
+    def __init__(self, trainer: TorchTrainer, link: ActorHandle, watch: Watch) -> None:
+        self._trainer = trainer
+        self._link = link
+        self._watch = watch
+        self._ended: Outcome | BaseException | None = None
+        self._group: str | None = None
+
+    def wait(self) -> Outcome | BaseException:
+        """What came of it; meanwhile this thread passes on what is new, and the wish to stop."""
+        thread = threading.Thread(target=self._work, name="ray-trainer-fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=POLL_INTERVAL_S)
+            self._exchange()
+        self._exchange()
+        assert self._ended is not None  # the thread leaves with it
+        return self._ended
+
+    def free_workers(self) -> None:
+        """End workers that a lost controller has left behind: Ray does so by itself only where it has a dashboard."""
+        if self._group is not None:
+            free_group(self._group)
+
+    def _work(self) -> None:
         try:
-            box.append(trainer.fit().return_value)
+            self._ended = self._trainer.fit().return_value
         except BaseException as error:  # carried to the caller's thread
-            box.append(error)
+            self._ended = error
 
-    thread = threading.Thread(target=work, name="ray-trainer-fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=POLL_INTERVAL_S)
-        exchange(link, watch)
-    exchange(link, watch)
-    return box[0]
+    def _exchange(self) -> None:
+        for event in exchange(self._link, self._watch):
+            if event["event"] == RESERVED:
+                self._group = event["group"]
 
 
 def _outcome(ended: Outcome | BaseException, storage: Storage) -> Outcome:

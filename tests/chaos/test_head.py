@@ -1,15 +1,14 @@
 """Ray's controller, Ray's head or a node goes away while a run is on it; the run ends as if nothing had happened."""
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import slow_points
 from cluster_runs import (
     assert_same_run,
     command_line,
@@ -22,51 +21,29 @@ from cluster_runs import (
     whole_lines,
     write_run_file,
 )
-from experiments import Points, events
+from experiments import events
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
-from torch import nn
 
-from ray_trainer import DefaultHooks, Experiment, TaskSpec, TrainingConfig
+from ray_trainer import TrainingConfig
 from ray_trainer.cluster import ClusterConfig, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+ray.cloudpickle.register_pickle_by_value(slow_points)  # workers cannot import it
 
-STEPS = 240
 TRAINING = {"batch_size": 4, "learning_rate": 1e-2, "log_every_n_steps": 1, "save_every_n_steps": 20}
 GRACE_S = 15
-
-
-class Slowly(DefaultHooks):
-    """Leaves time to act."""
-
-    def on_batch_end(self, batch_idx: int, loss: float) -> None:
-        time.sleep(0.02)
-
-
-def build_model(config: SimpleNamespace) -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3))
-
-
-def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, Any]:
-    return {"train": Points(8 * STEPS)}
-
-
-experiment = Experiment(
-    build_model,
-    build_datasets,
-    TaskSpec("points", "tabular_classification", input_fields=["features"]),
-    build_hooks=Slowly,
-)
 
 
 def run_file(directory: Path) -> Path:
     cluster = {"num_workers": 2, "name": "points", "storage_path": str(directory), "max_failures": 1}
     return write_run_file(
-        directory / "run.yaml", experiment=f"{__file__}:experiment", training={"epochs": 1, **TRAINING}, cluster=cluster
+        directory / "run.yaml",
+        experiment=f"{slow_points.__file__}:experiment",
+        training={"epochs": 1, **TRAINING},
+        cluster=cluster,
     )
 
 
@@ -103,7 +80,7 @@ def test_lost_head_leaves_a_checkpoint_of_that_time_and_the_command_given_again_
         command.wait_until_nothing_is_left()
 
     saved_at = step_of(newest_checkpoint(command.run_dir))
-    if saved_at < STEPS:
+    if saved_at < slow_points.STEPS:
         assert events(command.run_dir, "head_lost") != []
         assert saved_at % 20 or saved_at > killed_at
     with training(tmp_path / "run.yaml") as command:
@@ -129,7 +106,7 @@ def test_node_that_is_drained_is_left_after_a_save_and_no_step_is_repeated(clust
     where = ClusterConfig(
         2, name="points", storage_path=str(tmp_path), resources_per_worker={"CPU": 1, "seat": 1}, max_failures=0
     )
-    thread = Thread(target=fit, args=(experiment, TrainingConfig(epochs=1, **TRAINING), where))
+    thread = Thread(target=fit, args=(slow_points.experiment, TrainingConfig(epochs=1, **TRAINING), where))
     thread.start()
     while not [row for row in whole_lines(run_dir / "metrics.jsonl") if row["step"] >= 45]:
         assert thread.is_alive()
