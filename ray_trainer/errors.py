@@ -16,7 +16,9 @@
     ├── CorruptionError (RuntimeError)         memory or a processor fails: replicas are not equal
     ├── MemoryShortageError (MemoryError)      memory did not suffice; says what took it and what to change
     ├── LeaseHeldError (RuntimeError)          another process is at work on the run; says which
+    ├── PreemptedError (RuntimeError)          a node is going to be taken away; training goes on elsewhere
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
+        └── RepeatedFailureError               it would fail again in the same way
 
 All of them survive pickling between processes: the message is the only argument.
 """
@@ -90,5 +92,13 @@ class MemoryShortageError(RayTrainerError, MemoryError):
     """Memory of the host or of a GPU did not suffice; the message says what took it and what to change."""
 
 
+class PreemptedError(RayTrainerError, RuntimeError):
+    """Workers have saved and left, because a node of theirs is going to be taken away."""
+
+
 class RunError(RayTrainerError, RuntimeError):
     """A run on the cluster ended in failure; the message says why and how to go on."""
+
+
+class RepeatedFailureError(RunError):
+    """The same failure came again at the same place, or again and again without progress: no restart helps."""

@@ -146,6 +146,7 @@ class Run:
 
     def _after_step(self, record: StepRecord) -> None:
         self._saver.poll(self._loop.agreed.busy)
+        self._save_requested |= self._loop.agreed.wants_save
         self._recorder.step(record, self._loop.take_data_wait_s())
         for straggler in self._loop.agreed.stragglers:
             self._recorder.straggler(straggler)

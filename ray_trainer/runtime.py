@@ -73,6 +73,12 @@ class Runtime(Protocol):
     def requested_stop(self) -> Stop:
         """What this rank knows of a wish to stop; cheap, asked at every step."""
 
+    def requested_save(self) -> bool:
+        """Whether a checkpoint is wanted at once, because what this runs on may soon be gone; true once for each time.
+
+        Cheap, asked at every step.
+        """
+
     def show(self, progress: Mapping[str, Any]) -> None:
         """Take the newest progress, for a display; cheap, called on rank 0 at every step that is logged."""
 
@@ -167,6 +173,10 @@ class LocalRuntime:
     def requested_stop(self) -> Stop:
         """See `Runtime`."""
         return self._stop
+
+    def requested_save(self) -> bool:
+        """See `Runtime`; nothing tells."""
+        return False
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """See `Runtime`; a hook or the log shows progress here."""

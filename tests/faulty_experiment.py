@@ -1,5 +1,6 @@
 """An experiment in which that goes wrong which ``model.fault`` names."""
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -53,15 +54,18 @@ DATASETS: dict[str, Callable[[], dict[str, Any]]] = {
     "label of validation": lambda: {"train": Points(), "val": points_with("labels", 0, -3)},
     "wide features": lambda: {"train": Points(width=6)},
     "stuck valve": lambda: {"train": points_with("features", 20, 1000.0)},
+    "crash": lambda: {"train": points_with("features", 20, 2000.0)},
     "build_datasets": lambda: fail(FileNotFoundError("no points at /data/points.csv")),
     "no train": lambda: {"training": Points()},
 }
 
 
 class Valve(nn.Module):
-    """Lets everything pass except a thousand."""
+    """Lets everything pass except a thousand, and takes the process with it at two thousand."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if (features == 2000).any():
+            os._exit(1)
         if (features == 1000).any():
             raise RuntimeError("the valve is stuck")
         return features

@@ -77,7 +77,7 @@ class ClusterConfig(Section):
     storage_path: Text = "runs"
     """Directory, or URI, in which the directory of the run lies; every node must reach it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Failures of workers after which the run ends as failed. -1: no limit."""
+    """Failures in a row, without a step of progress in between, after which the run ends as failed. -1: no limit."""
     address: Address | None = None
     """Ray cluster to join, "auto" or "host:port". None: a local Ray is started for this run."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -11,12 +11,17 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import UserCallback
 
+from ray_trainer.checkpoint.catalog import checkpoint_names
+from ray_trainer.checkpoint.layout import checkpoint_order
+from ray_trainer.cluster.retries import Place, Retries, places
 from ray_trainer.errors import (
     ConfigError,
     DataError,
     DivergenceError,
     LeaseLostError,
+    PreemptedError,
     RayTrainerError,
+    RepeatedFailureError,
     StateMismatchError,
 )
 from ray_trainer.metrics import EventLog, read_events
@@ -29,37 +34,102 @@ _CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "conne
 
 
 #: What no restart can mend.
-FINAL_ERRORS = (ConfigError, DataError, DivergenceError, LeaseLostError, StateMismatchError)
+FINAL_ERRORS = (
+    ConfigError,
+    DataError,
+    DivergenceError,
+    LeaseLostError,
+    RepeatedFailureError,
+    StateMismatchError,
+)
+_ANSWER_WITHIN_S = 5.0
 
 
 class FailureRecorder(UserCallback):
-    """Runs in Ray's controller, where an exception ends the run: only one that no restart can mend is raised."""
+    """Runs in Ray's controller, where an exception ends the run: only one that no restart can mend is raised.
 
-    def __init__(self, run: Storage, link: ActorHandle | None) -> None:
+    Args:
+        run: the run's directory, fenced.
+        link: to the driver.
+        max_failures: in a row, during which training got no further; -1 for any number.
+    """
+
+    def __init__(self, run: Storage, link: ActorHandle, max_failures: int) -> None:
         self._run = run
         self._link = link
         self._told_until = time.time()
+        self._retries = Retries(max_failures)
+        self._places: dict[Place, BaseException] = {}
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Record the failure of workers. Ray decides what follows."""
+        """Record the failure of workers, and end the run where another start would fail as well."""
+        errors = causes(worker_exceptions)
+        preempted = next((error for error in errors.values() if isinstance(error, PreemptedError)), None)
+        if preempted is not None:
+            record(self._run, self._link, "preempted", reason=str(preempted))
+            return
         cause = describe_failures(worker_exceptions)
-        try:
-            EventLog.of_controller(self._run).record("failure", cause=cause, traceback=_tracebacks(worker_exceptions))
-            if self._link is not None:
-                for hang in self._new_hangs():
-                    self._link.announce.remote(hang)
-                self._link.announce.remote({"event": "failure", "cause": cause})
-        except (OSError, LeaseLostError, ray.exceptions.RayError) as error:
-            logger.warning("The failure of a worker could not be recorded: %s", error)
-        for failure in worker_exceptions.values():
-            final = final_error(failure)
-            if final is not None:
-                raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
+        for hang in self._new_hangs():
+            self._link.announce.remote(hang)
+        record(self._run, self._link, "failure", cause=cause, traceback=_tracebacks(worker_exceptions))
+        final = next(filter(None, map(final_error, worker_exceptions.values())), None) or self._hopeless(errors, cause)
+        if final is not None:
+            raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
+
+    def _hopeless(self, errors: Mapping[int, BaseException], cause: str) -> RepeatedFailureError | None:
+        """Why the run will fail again, if it will."""
+        before, self._places = self._places, places(errors)
+        again = next((error for place, error in self._places.items() if place in before), None)
+        if again is not None:
+            traceback, step = again.__notes__[-2:]
+            return RepeatedFailureError(
+                f"{traceback.rstrip()}\n\nThis came twice at the same place, {step}, so it would come after every "
+                f"restart. Correct its cause and give the same command again: {what_is_kept(self._run)}"
+            )
+        if self._retries.allow(furthest_step(self._run, self._link)):
+            return None
+        return RepeatedFailureError(
+            f"The run failed again and again without getting any further: {cause}. Correct the cause, or raise "
+            f"cluster.max_failures if such failures are to be expected, and give the same command again: "
+            f"{what_is_kept(self._run)}"
+        )
 
     def _new_hangs(self) -> list[dict[str, Any]]:
         """Those that the monitors have recorded since the last failure."""
         since, self._told_until = self._told_until, time.time()
-        return [row for row in read_events(self._run) if row["event"] == "hang" and float(row["time"]) > since]
+        try:
+            return [row for row in read_events(self._run) if row["event"] == "hang" and float(row["time"]) > since]
+        except OSError:
+            return []  # what has happened is in the file all the same
+
+
+def record(run: Storage, link: ActorHandle, event: str, **details: Any) -> None:
+    """Write an event down and tell who watches; what can't be recorded does not end the run."""
+    try:
+        EventLog.of_controller(run).record(event, **details)
+        link.announce.remote(
+            {"event": event, **{name: value for name, value in details.items() if name != "traceback"}}
+        )
+    except (OSError, LeaseLostError, ray.exceptions.RayError) as error:
+        logger.warning("The event %s could not be recorded: %s", event, error)
+
+
+def furthest_step(run: Storage, link: ActorHandle) -> int:
+    """The last step that is known to be completed: as the workers told it, or as storage has it."""
+    try:
+        told = int(ray.get(link.newest_step.remote(), timeout=_ANSWER_WITHIN_S))
+    except ray.exceptions.RayError:
+        told = 0  # the link has just been started again
+    try:
+        order = [checkpoint_order(name) for name in checkpoint_names(run)[-1:]]
+    except OSError:
+        order = []
+    return max(told, order[0].step if order and order[0] else 0)
+
+
+def what_is_kept(storage: Storage) -> str:
+    """Tells a user whose run has failed that nothing is lost."""
+    return f"what was saved is in {storage.uri}, and the run goes on from its newest checkpoint."
 
 
 def _tracebacks(failures: Mapping[int, BaseException]) -> dict[str, str]:
@@ -72,6 +142,8 @@ def tell(event: Mapping[str, Any]) -> str | None:
     match event:
         case {"event": "failure", "cause": cause}:
             return f"failure: {cause}"
+        case {"event": "preempted" | "controller_lost" | "head_lost", "reason": reason}:
+            return str(reason)
         case {"event": "workers_started", "num_workers": count, "attempt": attempt} if attempt > 1:
             return f"{count} workers started again (attempt {attempt})"
         case {"event": "resumed", "step": step, "from": checkpoint}:
@@ -110,11 +182,16 @@ def final_error(error: BaseException) -> RayTrainerError | None:
     return None
 
 
+def causes(failures: Mapping[int, BaseException]) -> dict[int, BaseException]:
+    """The causes among the errors of several ranks: a rank that merely lost another one is not it."""
+    ordered = dict(sorted(failures.items()))
+    own = {r: error for r, error in ordered.items() if not any(mark in _line(error) for mark in _CONSEQUENCES)}
+    return own or ordered
+
+
 def describe_failures(failures: Mapping[int, BaseException]) -> str:
-    """The cause among the errors of several ranks, in a line: a rank that merely lost another one is not it."""
-    lines = {rank: _line(error) for rank, error in sorted(failures.items())}
-    causes = {r: line for r, line in lines.items() if not any(mark in line for mark in _CONSEQUENCES)} or lines
-    return "; ".join(f"rank {rank}: {line}" for rank, line in causes.items())
+    """The causes among the errors of several ranks, in a line."""
+    return "; ".join(f"rank {rank}: {_line(error)}" for rank, error in causes(failures).items())
 
 
 def explain_failure(error: BaseException, storage: Storage) -> str:
@@ -125,10 +202,7 @@ def explain_failure(error: BaseException, storage: Storage) -> str:
         cause = _line(error.controller_failure)
     else:
         cause = _line(error)
-    return (
-        f"The run failed: {cause}. What was saved is in {storage.uri}; give the same command again to continue "
-        "from the newest checkpoint, with a larger cluster.max_failures if such failures are to be expected."
-    )
+    return f"The run failed: {cause}. Give the same command again to continue: {what_is_kept(storage)}"
 
 
 def _line(error: BaseException) -> str:

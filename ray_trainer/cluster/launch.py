@@ -1,28 +1,27 @@
 """`fit`: from an experiment and its configuration to a `TorchTrainer`, and from its end to a result."""
 
 import math
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import ray
 import ray.data
 import ray.train
-from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ray_trainer.checkpoint.catalog import list_checkpoints
 from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_error
+from ray_trainer.cluster.events import FailureRecorder
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.monitor import terms_of
 from ray_trainer.cluster.readiness import require_cluster, require_storage
+from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.session import (
     ray_session,
     require_resources,
@@ -31,20 +30,19 @@ from ray_trainer.cluster.session import (
     worker_bounds,
 )
 from ray_trainer.cluster.shards import index_ray_dataset
-from ray_trainer.cluster.storage import filesystem_for_ray, mirror, owned
+from ray_trainer.cluster.storage import filesystem_for_ray, owned
+from ray_trainer.cluster.supervisor import run_to_end
 from ray_trainer.cluster.vault import RayVault, open_keeper
-from ray_trainer.cluster.watching import Display, NoDisplay, Watch, exchange, user
-from ray_trainer.cluster.worker import Job, Outcome, train_worker, users_code
+from ray_trainer.cluster.watching import Display, NoDisplay, Watch, user
+from ray_trainer.cluster.worker import Job, train_worker, users_code
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.schema import Section
 from ray_trainer.data.quarantine import BadDataPolicy, checked
-from ray_trainer.errors import ConfigError, RunError
-from ray_trainer.runtime import Stop, raise_interruption
+from ray_trainer.errors import ConfigError
+from ray_trainer.runtime import raise_interruption
 from ray_trainer.setup import bad_data_policy
 from ray_trainer.storage import Storage
 from ray_trainer.task import Experiment
-
-POLL_INTERVAL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def fit(
         DataError: the data cannot be trained on.
         LeaseHeldError: another driver is at work on the run; nothing was written.
         LeaseLostError: another driver has taken the run over.
-        RunError: the workers failed more often than ``max_failures`` allows.
+        RunError: the workers failed again and again without progress, or twice at the same place.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
         SystemExit: with 143 after SIGTERM, once the checkpoint is written.
     """
@@ -139,9 +137,9 @@ def fit_watched(
             hang=terms_of(cluster),
             start_from=start_from,
         )
-        mirror(storage, list_checkpoints(storage))
-        outcome = _run(_torch_trainer(job, cluster, storage), link, watching, storage)
-        mirror(storage, list_checkpoints(storage))
+        retries = Retries(cluster.max_failures)
+        with watching as watch:
+            outcome = run_to_end(partial(_torch_trainer, job, cluster, storage), storage, link, watch, retries)
     if outcome.error is not None:
         if is_new and not storage.exists("events.jsonl"):
             storage.delete()  # only Ray's marker is in there
@@ -232,43 +230,11 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             name=cluster.name,
             storage_path=storage.path.rstrip("/").rpartition("/")[0],
             storage_filesystem=filesystem_for_ray(storage),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=-1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
-            callbacks=[FailureRecorder(storage, job.link), GroupRecorder(job.link)],
+            callbacks=[FailureRecorder(storage, job.link, cluster.max_failures), GroupRecorder(job.link)],
         ),
     )
-
-
-def _run(
-    trainer: TorchTrainer, link: ActorHandle, watching: AbstractContextManager[Watch], storage: Storage
-) -> Outcome:
-    """Let Ray's controller work in a thread; this one passes on what is new, and the wish to stop."""
-    box: list[Outcome | BaseException] = []
-
-    def work() -> None:
-        try:
-            box.append(trainer.fit().return_value)
-        except BaseException as error:  # carried to the caller's thread, and raised there
-            box.append(error)
-
-    thread = threading.Thread(target=work, name="ray-trainer-fit", daemon=True)
-    with watching as watch:
-        thread.start()
-        while thread.is_alive():
-            thread.join(timeout=POLL_INTERVAL_S)
-            exchange(link, watch)
-        exchange(link, watch)
-    ended = box[0]
-    if isinstance(ended, ray.train.TrainingFailedError):
-        final = final_error(ended)
-        if final is not None:
-            return Outcome(results=None, error=final, stop=Stop.NONE)
-        raise RunError(explain_failure(ended, storage)) from ended
-    if isinstance(ended, ray.exceptions.RayError):
-        raise RunError(explain_failure(ended, storage)) from ended
-    if isinstance(ended, BaseException):
-        raise ended
-    return ended
 
 
 def _checkpoint(results: dict[str, Any], storage: Storage) -> ray.train.Checkpoint | None:

@@ -41,6 +41,10 @@ def open_link() -> ActorHandle:
             events, self._events = self._events, []
             return self._progress, events
 
+        def newest_step(self) -> int:
+            """The last completed step that rank 0 has told of."""
+            return int(self._progress.get("step", 0))
+
     return ray.remote(num_cpus=0, max_restarts=-1)(Link).remote()
 
 

@@ -16,6 +16,7 @@ from ray.train import CheckpointUploadMode
 from ray_trainer import distributed
 from ray_trainer.cluster.link import WorkerLink
 from ray_trainer.cluster.monitor import Monitor
+from ray_trainer.cluster.notices import Notices
 from ray_trainer.cluster.storage import storage_of
 from ray_trainer.cluster.telemetry import Telemetry
 from ray_trainer.cluster.vault import RayVault
@@ -54,6 +55,7 @@ class RayRuntime:
         run = self._storage.path.rstrip("/").rpartition("/")[2]
         self._telemetry = Telemetry(run, self._storage, is_on=distributed.rank() == 0)
         self.monitor = Monitor(hang, ray.util.get_node_ip_address())
+        self._notices: Notices | None = None
         self.stopped = Stop.NONE
 
     @property
@@ -72,7 +74,11 @@ class RayRuntime:
         return self._vault
 
     def __enter__(self) -> "RayRuntime":
-        """Open the link."""
+        """Open the link. Collective."""
+        nodes = frozenset(distributed.gather_objects(ray.get_runtime_context().get_node_id()))
+        if distributed.rank() == 0:
+            self._notices = Notices(lambda: self._storage, nodes)
+            self._notices.open()
         self._link.open()
         self._telemetry.open()
         return self
@@ -83,6 +89,8 @@ class RayRuntime:
         """Close the link."""
         self._telemetry.close()
         self._link.close()
+        if self._notices is not None:
+            self._notices.close()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -101,7 +109,11 @@ class RayRuntime:
 
     def requested_stop(self) -> Stop:
         """See `Runtime`."""
-        return self._link.stop
+        return max(self._link.stop, self._notices.stop) if self._notices else self._link.stop
+
+    def requested_save(self) -> bool:
+        """See `Runtime`; while Ray's head is lost, only storage is there to save to."""
+        return self._notices is not None and self._notices.take_wish_to_save()
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """See `Runtime`."""

@@ -48,15 +48,16 @@ class NoDisplay:
         """See `Display`."""
 
 
-def exchange(link: ActorHandle, watch: Watch) -> None:
-    """Pass on what is new to who watches, and his wish to the workers."""
+def exchange(link: ActorHandle, watch: Watch) -> list[dict[str, Any]]:
+    """Pass on what is new to who watches, and his wish to the workers; returns the events."""
     try:
         progress, events = cast(
             tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(int(watch.wish())))
         )
     except ray.exceptions.RayActorError:
-        return  # it starts anew; the training does not need it
+        return []  # it starts anew; the training does not need it
     watch.see(progress, events)
+    return events
 
 
 class _User:

@@ -15,10 +15,11 @@ from ray.actor import ActorHandle
 
 from ray_trainer import distributed
 from ray_trainer.cluster.events import final_error
+from ray_trainer.cluster.retries import note_place
 from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.cluster.vault import RayVault
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import ConfigError, RayTrainerError
+from ray_trainer.errors import ConfigError, PreemptedError, RayTrainerError
 from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop
 from ray_trainer.seeding import set_random_seed
@@ -77,6 +78,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
     runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang)
+    trainer: Trainer | None = None
     try:
         trainer = _build_trainer(job, runtime)
         train, val = (_open(job.datasets.get(name)) for name in ("train", "val"))
@@ -86,8 +88,10 @@ def train_worker(config: dict[str, Any]) -> Outcome:
             return Outcome(results=None, error=error, stop=Stop.NONE)
         raise
     except Exception as error:
-        error.add_note(traceback.format_exc())  # Ray passes on the error without its traceback
+        note_place(error, traceback.format_exc(), trainer.progress.step if trainer else 0)
         raise
+    if runtime.stopped is Stop.PREEMPTION:
+        raise PreemptedError("a node of the run is going to be taken away; all workers have saved and go on elsewhere")
     return Outcome(results=results, error=None, stop=runtime.stopped)
 
 

@@ -32,9 +32,11 @@ class EventLog:
         self._log = JsonlLog(storage, _NAME, attempt, writer)
 
     @classmethod
-    def of_controller(cls, storage: Storage, clock: Callable[[], float] = time.time) -> Self:
-        """For the process that watches the workers: records as a part of the newest attempt."""
-        return cls(storage, max(1, next_attempt(storage) - 1), writer="controller", clock=clock)
+    def of_controller(
+        cls, storage: Storage, clock: Callable[[], float] = time.time, writer: str = "controller"
+    ) -> Self:
+        """For a process that watches the workers: records as a part of the newest attempt."""
+        return cls(storage, max(1, next_attempt(storage) - 1), writer, clock)
 
     @property
     def degraded(self) -> str | None:

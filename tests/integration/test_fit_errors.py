@@ -126,17 +126,28 @@ def test_command_ends_at_a_wrong_label_late_in_the_data_with_its_cause(tmp_path)
     assert "Traceback" not in output
 
 
-def test_command_fails_with_its_cause_when_the_same_error_comes_after_each_restart(tmp_path):
-    code, output = command_with("stuck valve", tmp_path, max_failures=1)
+def test_command_ends_when_the_same_error_comes_twice_at_the_same_place_with_the_users_traceback_first(tmp_path):
+    code, output = command_with("stuck valve", tmp_path, max_failures=100)
 
     run_dir = tmp_path / "runs" / "faulty"
-    told = [line for line in output.splitlines() if line.startswith("ray-trainer: ")]
+    told = output[output.index("ray-trainer: ") :]
     assert code == 1, output
-    assert len(told) == 1
-    assert "RuntimeError: the valve is stuck" in told[0]
-    assert "max_failures" in told[0]
-    assert str(run_dir) in told[0]
-    assert "Traceback" not in output
+    assert told.index("Traceback") < told.index("faulty_experiment.py") < told.index("the valve is stuck")
+    assert told.index("the valve is stuck") < told.index("twice at the same place, after step 2")
+    assert str(run_dir) in told
     assert len(events(run_dir, "failure")) == 2
     assert len(events(run_dir, "workers_started")) == 2
     assert checkpoints_of(run_dir) == [1, 2]
+
+
+def test_command_ends_when_workers_die_again_and_again_without_progress(tmp_path):
+    code, output = command_with("crash", tmp_path, max_failures=1)
+
+    told = [line for line in output.splitlines() if line.startswith("ray-trainer: ")]
+    assert code == 1, output
+    assert len(told) == 1
+    assert "again and again without getting any further" in told[0]
+    assert "the worker process died" in told[0]
+    assert "cluster.max_failures" in told[0]
+    assert "Traceback" not in output
+    assert len(events(tmp_path / "runs" / "faulty", "failure")) == 2

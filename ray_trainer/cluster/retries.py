@@ -1,0 +1,62 @@
+"""When to give up: failures without progress, and errors that would only come back.
+
+A run on a large cluster may lose a worker a thousand times and still get to its end, while a run that fails at the
+same step again and again never will. So what is limited is not the number of failures.
+"""
+
+import re
+from collections.abc import Mapping
+
+from ray_trainer.errors import RayTrainerError
+
+_PLACE = re.compile(r'File "(.+)", line (\d+), in ')
+#: May pass by themselves, so that the same one twice says nothing.
+_PASSING = (OSError, RayTrainerError)
+
+Place = tuple[str, ...]
+
+
+class Retries:
+    """Counts failures in a row during which training got no further.
+
+    Args:
+        limit: so many are allowed; -1 allows any number.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._furthest = -1
+        self._failures = 0
+
+    def allow(self, step: int) -> bool:
+        """Whether to try again after a failure.
+
+        Args:
+            step: the furthest that training has completed so far; 0 if none.
+        """
+        if step > self._furthest:
+            self._furthest, self._failures = step, 0
+        self._failures += 1
+        return self._limit < 0 or self._failures <= self._limit
+
+
+def places(errors: Mapping[int, BaseException]) -> dict[Place, BaseException]:
+    """Where the errors of several ranks were raised: kind, file and line, and the step after which it was.
+
+    Left out are errors that may pass, and those of processes that died without one.
+    """
+    return {place: error for error in errors.values() if (place := _place(error))}
+
+
+def note_place(error: BaseException, traceback: str, step: int) -> None:
+    """Keep where a worker raised an error: Ray passes on the error alone, with its notes."""
+    error.add_note(traceback)
+    error.add_note(f"after step {step}")
+
+
+def _place(error: BaseException) -> Place | None:
+    notes = getattr(error, "__notes__", [])
+    if len(notes) < 2 or isinstance(error, _PASSING):
+        return None
+    frames = _PLACE.findall(notes[-2])
+    return (type(error).__name__, *frames[-1], notes[-1]) if frames else None

@@ -1,0 +1,102 @@
+"""Has Ray's controller carry out a run, and starts another one where it was lost."""
+
+import threading
+from collections.abc import Callable
+
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.train.torch import TorchTrainer
+
+from ray_trainer.checkpoint.catalog import list_checkpoints
+from ray_trainer.cluster.events import explain_failure, final_error, furthest_step, record
+from ray_trainer.cluster.groups import RESERVED, free_group
+from ray_trainer.cluster.retries import Retries
+from ray_trainer.cluster.storage import mirror
+from ray_trainer.cluster.watching import Watch, exchange
+from ray_trainer.cluster.worker import Outcome
+from ray_trainer.errors import RunError
+from ray_trainer.runtime import Stop
+from ray_trainer.storage import Storage
+
+POLL_INTERVAL_S = 0.25
+
+
+def run_to_end(
+    trainer: Callable[[], TorchTrainer], storage: Storage, link: ActorHandle, watch: Watch, retries: Retries
+) -> Outcome:
+    """Train until the run ends, through any number of losses of Ray's controller that had progress in between.
+
+    The workers of a controller that is gone are ended; they can't save any more once the next ones have claimed the
+    run.
+
+    Args:
+        trainer: makes one anew for each start.
+        storage: the run's directory, fenced.
+        link: to the workers.
+        watch: sees the run, and may end it.
+        retries: how many losses in a row there may be without progress.
+
+    Raises:
+        RunError: the run failed.
+    """
+    while True:
+        mirror(storage, list_checkpoints(storage))
+        start = _Start(trainer(), link, watch)
+        ended = start.wait()
+        if not isinstance(ended, ray.exceptions.RayActorError) or not retries.allow(furthest_step(storage, link)):
+            mirror(storage, list_checkpoints(storage))
+            return _outcome(ended, storage)
+        record(storage, link, "controller_lost", reason="Ray's controller of the run died; another one is started")
+        start.free_workers()
+
+
+class _Start:
+    """One start of a controller, which works in a thread."""
+
+    def __init__(self, trainer: TorchTrainer, link: ActorHandle, watch: Watch) -> None:
+        self._trainer = trainer
+        self._link = link
+        self._watch = watch
+        self._ended: Outcome | BaseException | None = None
+        self._group: str | None = None
+
+    def wait(self) -> Outcome | BaseException:
+        """What came of it; meanwhile this thread passes on what is new, and the wish to stop."""
+        thread = threading.Thread(target=self._work, name="ray-trainer-fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=POLL_INTERVAL_S)
+            self._exchange()
+        self._exchange()
+        assert self._ended is not None  # the thread leaves with it
+        return self._ended
+
+    def free_workers(self) -> None:
+        """End workers that a lost controller has left behind: Ray does so by itself only where it has a dashboard."""
+        if self._group is not None:
+            free_group(self._group)
+
+    def _work(self) -> None:
+        try:
+            self._ended = self._trainer.fit().return_value
+        except BaseException as error:  # carried to the caller's thread
+            self._ended = error
+
+    def _exchange(self) -> None:
+        for event in exchange(self._link, self._watch):
+            if event["event"] == RESERVED:
+                self._group = event["group"]
+
+
+def _outcome(ended: Outcome | BaseException, storage: Storage) -> Outcome:
+    if isinstance(ended, ray.train.TrainingFailedError):
+        final = final_error(ended)
+        if final is not None:
+            return Outcome(results=None, error=final, stop=Stop.NONE)
+        raise RunError(explain_failure(ended, storage)) from ended
+    if isinstance(ended, ray.exceptions.RayError):
+        raise RunError(explain_failure(ended, storage)) from ended
+    if isinstance(ended, BaseException):
+        raise ended
+    return ended
