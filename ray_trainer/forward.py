@@ -35,8 +35,17 @@ class Forward:
     is_sharded: bool = False
 
     @classmethod
-    def build(cls, model: nn.Module, device: torch.device, config: TrainingConfig) -> "Forward":
-        """Compile and wrap a model, already on its device, as configured. Collective."""
+    def build(
+        cls, model: nn.Module, device: torch.device, config: TrainingConfig, broadcasts_buffers: bool = True
+    ) -> "Forward":
+        """Compile and wrap a model, already on its device, as configured. Collective.
+
+        Args:
+            model: the bare one.
+            device: of this process.
+            config: tells how.
+            broadcasts_buffers: see `wrap_model`.
+        """
         if config.compile_mode is not None:
             model.compile(  # in place, so that names stay as they are
                 mode=config.compile_mode, fullgraph=config.compile_fullgraph, dynamic=config.compile_dynamic
@@ -44,7 +53,7 @@ class Forward:
         dtype = getattr(torch, config.autocast_dtype) if config.autocast_dtype else None
         if fsdp.is_sharded(model):
             return cls(model, model, device, dtype, is_sharded=True)
-        return cls(model, wrap_model(model, device), device, dtype)
+        return cls(model, wrap_model(model, device, broadcasts_buffers), device, dtype)
 
     def precision(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""

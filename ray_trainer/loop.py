@@ -17,7 +17,7 @@ from ray_trainer.forward import Forward
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
 from ray_trainer.hooks import StepRecord
 from ray_trainer.losses import LossResult
-from ray_trainer.metrics.sums import MetricSums
+from ray_trainer.metrics.sums import MetricSums, stacked
 from ray_trainer.runtime import Runtime, Stop
 from ray_trainer.seeding import seed_step
 from ray_trainer.state import Progress
@@ -71,11 +71,13 @@ class TrainingLoop:
         self._statistics = RunningStatistics(forward.model)
         self._clock = time.monotonic()
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
+        self._is_replicated = runtime.survivor is not None
         self.stop = Stop.NONE
         self.busy = Tier.NONE
         self.is_whole = True
         self._data_wait_s = 0.0
         self._divergence: DivergenceError | None = None
+        self._row_of_all: list[float] = []
         self.batch_losses: list[LossResult] = []
 
     def steps(self, source: BatchSource) -> Iterator[StepRecord]:
@@ -104,6 +106,11 @@ class TrainingLoop:
         self._statistics.remember()
         try:
             results = self._accumulate(step_batch)
+            row = _row(results)
+            local_count = sum(float(result.loss.count) for result in results)
+            count, num_samples, seconds = self._agree(local_count, step_batch.num_samples, row)
+            mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
+            norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         except BaseException:
             self._forward.abandon_step()
             self._statistics.put_back()
@@ -111,16 +118,14 @@ class TrainingLoop:
             self.is_whole = self._statistics.are_complete()
             raise
 
-        local_count = sum(float(result.loss.count) for result in results)
-        count, num_samples, seconds = self._agree(local_count, step_batch.num_samples)
-        mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
-        norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
         verdict = self._judge(norm) if count else Verdict.SKIP
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
-        if is_updated:
-            self._sums.append(_row(results))
+        if is_updated and self._is_replicated:
+            self._sums.add(self._row_of_all)
+        elif is_updated:
+            self._sums.append(row)
         else:
             self._statistics.put_back()
             self._accumulator.discard()
@@ -171,10 +176,11 @@ class TrainingLoop:
         with self._forward.precision():
             return self._task.evaluate(self._forward.module, batch)
 
-    def _agree(self, count: float, num_samples: int) -> tuple[float, int, float]:
+    def _agree(self, count: float, num_samples: int, row: tuple[torch.Tensor | int, ...]) -> tuple[float, int, float]:
         """Count and samples of the global batch and seconds since the last step, equal on all ranks.
 
-        Wishes to stop, and checkpoints that are being written, ride on the same exchange.
+        Wishes to stop, and checkpoints that are being written, ride on the same exchange. Where any rank may have
+        to go on without another, so do the step's sums and normalisation statistics: each then has all there is.
         """
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
@@ -183,7 +189,13 @@ class TrainingLoop:
             self.stop, self.busy = wish, busy
             return count, num_samples, seconds
         mine = torch.tensor([[count, num_samples, wish, seconds, busy]], dtype=torch.float64)
+        if self._is_replicated:
+            others_changed = torch.tensor([[not self._statistics.are_untouched()]])
+            mine = torch.cat([mine, others_changed, stacked([row])], dim=1)
         rows = distributed.gather_rows(mine)[:, 0].tolist()
+        if self._is_replicated:
+            self._statistics.share(with_others=any(row[5] for row in rows))
+            self._row_of_all = [reduce(operator.add, column) for column in zip(*(row[6:] for row in rows), strict=True)]
         self.busy = Tier(reduce(operator.or_, (int(row[4]) for row in rows)))
         self.stop = Stop(int(max(row[2] for row in rows)))
         return sum(row[0] for row in rows), int(sum(row[1] for row in rows)), rows[0][3]
@@ -197,9 +209,11 @@ class TrainingLoop:
         """
         self._buckets_settled = True
         self._statistics.remember()
-        self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
-        self._statistics.put_back()
-        self._accumulator.discard()
+        try:
+            self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._statistics.put_back()
+            self._accumulator.discard()
 
     def take_data_wait_s(self) -> float:
         """Seconds this rank has waited for data since the last call."""
@@ -252,7 +266,19 @@ class RunningStatistics:
         """Whether no other buffer of the model was written or replaced since."""
         there = {id(buffer) for buffer in self._model.buffers()}
         is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and self._versions == [buffer._version for buffer in self._others]
+        return is_there and self.are_untouched()
+
+    def are_untouched(self) -> bool:
+        """Whether the model's other buffers are as they were."""
+        return self._versions == [buffer._version for buffer in self._others]
+
+    def share(self, with_others: bool) -> None:
+        """Take over those of rank 0, as they are in a checkpoint. Collective where there are any.
+
+        Args:
+            with_others: the model's other buffers as well; equal on all ranks.
+        """
+        distributed.broadcast_all([*self._live, *self._others] if with_others else self._live, source=0)
 
     def put_back(self) -> None:
         """Return to the values that were kept."""

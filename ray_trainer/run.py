@@ -55,10 +55,12 @@ class Run:
             self._catch_up()
             self._loop.restart_clock()
             self._train()
-        except Exception:
+        except Exception as error:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
+            elif self._loop.is_whole and distributed.has_lost_peer(error):
+                self._saver.keep(self._recorder.metrics())
             raise
 
     def _catch_up(self) -> None:
@@ -68,6 +70,8 @@ class Run:
             return
         ends_epoch, is_end = self._limits.ends_epoch(progress), self._limits.reached(progress)
         if progress.epoch_logged and not is_end:
+            if self._saver.is_behind and self._saver.due(self._moment(is_epoch_end=True)):
+                self._save()
             self._end_epoch()
         elif is_end and not self._recorder.has_closed:
             self._close_epoch(ends_epoch)
@@ -99,9 +103,9 @@ class Run:
         return True
 
     def _after_step(self, record: StepRecord) -> None:
-        self._saver.poll(self._loop.busy)
         self._recorder.step(record, self._loop.take_data_wait_s())
         self._call_after_step(record)
+        self._saver.poll(self._loop.busy)
         if self._saver.snapshot_is_due(self._loop.busy):
             self._recorder.flush()
             self._saver.snapshot(self._recorder.metrics())
@@ -114,7 +118,7 @@ class Run:
         must_validate = self._validate_at.due(moment) and not self._recorder.has_validated
         if must_validate and not self._validate():
             return
-        is_due = self._saver.due(moment) and (must_validate or not is_resumed)
+        is_due = self._saver.due(moment) and (must_validate or not is_resumed or self._saver.is_behind)
         if self._save_requested or is_due:
             self._save(may_skip=not self._save_requested)
 

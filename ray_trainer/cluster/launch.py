@@ -22,6 +22,8 @@ from ray_trainer.cluster.events import FailureRecorder, explain_failure, final_e
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
+from ray_trainer.cluster.rejoin import Rejoining, open_rendezvous, rejoins
+from ray_trainer.cluster.replacement import InPlaceConfig
 from ray_trainer.cluster.session import (
     ray_session,
     require_resources,
@@ -135,6 +137,7 @@ def fit_watched(
             vault=_open_vault(cluster),
             lease=storage.fence.epoch,
             start_from=start_from,
+            rejoining=_rejoining(cluster, training_config),
         )
         mirror(storage, list_checkpoints(storage))
         outcome = _run(_torch_trainer(job, cluster, storage), link, watching, storage)
@@ -151,6 +154,10 @@ def fit_watched(
 def _open_vault(cluster: ClusterConfig) -> RayVault | None:
     every_n_steps = cluster.snapshot_every_n_steps
     return None if every_n_steps is None else RayVault(open_keeper(), every_n_steps)
+
+
+def _rejoining(cluster: ClusterConfig, training: TrainingConfig) -> Rejoining | None:
+    return Rejoining(open_rendezvous(), cluster.collective_timeout_s) if rejoins(cluster, training) else None
 
 
 def _named(cluster: ClusterConfig, training: TrainingConfig) -> ClusterConfig:
@@ -222,10 +229,11 @@ def _portable(data: Any, policy: BadDataPolicy) -> Any:
 
 
 def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchTrainer:
+    configure_torch = TorchConfig if job.rejoining is None else InPlaceConfig
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(
+        torch_config=configure_torch(
             backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo",
             timeout_s=math.ceil(cluster.collective_timeout_s),
         ),

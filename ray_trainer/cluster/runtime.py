@@ -20,13 +20,19 @@ from ray_trainer.cluster.vault import RayVault
 from ray_trainer.runtime import Stop, fence_on_all_ranks
 from ray_trainer.storage import Storage
 from ray_trainer.storage.lease import follow
+from ray_trainer.storage.snapshots import ProcessMemory
 
 
 class RayRuntime:
     """Inside a worker of a `TorchTrainer`."""
 
     def __init__(
-        self, link: ActorHandle | None, description: Mapping[str, Any], lease: int, vault: RayVault | None
+        self,
+        link: ActorHandle | None,
+        description: Mapping[str, Any],
+        lease: int,
+        vault: RayVault | None,
+        survivor: ProcessMemory | None = None,
     ) -> None:
         """Take what the driver sent along.
 
@@ -35,11 +41,13 @@ class RayRuntime:
             description: the resolved sections of the run file that training does not know itself.
             lease: the driver's; this start of the workers claims the run on its behalf.
             vault: for snapshots in memory, if there are to be any.
+            survivor: memory of this process, if a rank that dies is replaced alone.
         """
         self._context = ray.train.get_context().get_storage()  # DeveloperAPI: where Ray keeps this run
         self._storage = storage_of(self._context.storage_filesystem, self._context.experiment_fs_path)
         self._lease = lease
         self._vault = vault
+        self._survivor = survivor
         self._description = description
         self._link = WorkerLink(link if distributed.rank() == 0 else None)
         run = self._storage.path.rstrip("/").rpartition("/")[2]
@@ -60,6 +68,11 @@ class RayRuntime:
     def snapshots(self) -> RayVault | None:
         """See `Runtime`."""
         return self._vault
+
+    @property
+    def survivor(self) -> ProcessMemory | None:
+        """See `Runtime`."""
+        return self._survivor
 
     def __enter__(self) -> "RayRuntime":
         """Open the link."""
