@@ -7,6 +7,7 @@ CPU tensors (``gloo``, or ``cpu:gloo,cuda:nccl`` on GPUs).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,6 +21,8 @@ T = TypeVar("T")
 #: How gloo words it that another rank has gone, or does not answer any more.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "Socket closed")
 _CHUNK_BYTES = 64 << 20
+_NAMES = ("forward_sync_buffers", "broadcast_buffers")  # before torch 2.13 it has only the second name
+_BUFFERS_OPTION = next(name for name in _NAMES if name in signature(nn.parallel.DistributedDataParallel).parameters)
 
 
 def world_size() -> int:
@@ -68,7 +71,7 @@ def broadcast_all(tensors: Sequence[torch.Tensor], source: int) -> None:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
         dist.broadcast(flat, source)
         if rank() != source:
-            parts = flat.split([tensor.numel() for tensor in same])
+            parts = torch.split(flat, [tensor.numel() for tensor in same])
             for tensor, part in zip(same, parts, strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 
@@ -81,7 +84,7 @@ def broadcast_bytes(memory: torch.Tensor, source: int) -> None:
         source: whose content it is; not changed there.
     """
     if world_size() > 1:
-        for chunk in memory.split(_CHUNK_BYTES):
+        for chunk in torch.split(memory, _CHUNK_BYTES):
             dist.broadcast(chunk, source)
 
 
@@ -154,6 +157,5 @@ def wrap_model(model: nn.Module, device: torch.device, broadcasts_buffers: bool 
     if world_size() == 1:
         return model
     on_gpu = device.type == "cuda"
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if on_gpu else None, broadcast_buffers=broadcasts_buffers
-    )
+    options = {} if broadcasts_buffers else {_BUFFERS_OPTION: False}
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None, **options)

@@ -21,6 +21,7 @@ import ray
 import ray.train
 from ray.actor import ActorHandle
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from ray_trainer import distributed
 from ray_trainer.cluster.config import ClusterConfig
@@ -194,7 +195,7 @@ class _Member:
         logger.warning("Rank %d is done and does not wait for the others any longer.", self._rank)
         return True
 
-    def _wait_for_others(self, store: dist.TCPStore | None, deadline_s: float) -> tuple[int, dict[int, dict[str, Any]]]:
+    def _wait_for_others(self, store: TCPStore | None, deadline_s: float) -> tuple[int, dict[int, dict[str, Any]]]:
         address = (ray.util.get_node_ip_address(), store.port) if store is not None else None
         card = {"name": self._name, "address": address}
         while time.monotonic() < deadline_s:
@@ -215,20 +216,18 @@ class _Member:
             logger.debug("The rendezvous does not answer: %s", error)
             return None
 
-    def _form(self, store: dist.TCPStore | None, cards: dict[int, dict[str, Any]]) -> None:
+    def _form(self, store: TCPStore | None, cards: dict[int, dict[str, Any]]) -> None:
         soon = timedelta(seconds=_FORMS_WITHIN_S)
         if store is None:
             host, port = cards[0]["address"]
-            store = dist.TCPStore(host, port, is_master=False, timeout=soon)
+            store = TCPStore(host, port, is_master=False, timeout=soon)
         os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._size))
-        shared = dist.PrefixStore(f"generation-{self._generation}", store)
+        shared = PrefixStore(f"generation-{self._generation}", store)
         dist.init_process_group("gloo", store=shared, rank=self._rank, world_size=self._size, timeout=soon)
         distributed.barrier()
         distributed.set_patience(self._way.patience_s)
 
 
-def _open_store() -> dist.TCPStore:
+def _open_store() -> TCPStore:
     """The place where addresses are exchanged; hosted by a member, because it is of no use once that is gone."""
-    return dist.TCPStore(
-        "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_FORMS_WITHIN_S)
-    )
+    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_FORMS_WITHIN_S))
