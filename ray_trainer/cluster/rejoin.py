@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,10 +22,11 @@ import ray
 import ray.train
 from ray.actor import ActorHandle
 from torch import distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # as torch.distributed has them, and typed
 
 from ray_trainer import distributed
 from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.connections import Connection, connections_between_ranks, hang_up, open_connections
 from ray_trainer.cluster.replacement import missing_interface
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import RunError
@@ -38,6 +40,7 @@ _ASK_EVERY_S = 0.05
 _ANSWERS_WITHIN_S = 30.0
 _FORMS_WITHIN_S = 30.0
 _ENDS_WITHIN_S = 300.0
+_APPEARS_WITHIN_S = 60.0  # a worker that has lost another one; what it does meanwhile may take a while
 
 
 def open_rendezvous() -> ActorHandle:
@@ -50,6 +53,7 @@ def open_rendezvous() -> ActorHandle:
         def __init__(self) -> None:
             self._number = 0
             self._members: dict[int, dict[str, Any]] = {}
+            self._known: dict[int, dict[str, Any]] = {}
             self._waiting: dict[int, tuple[float, dict[str, Any]]] = {}
             self._ended: set[int] = set()
 
@@ -66,6 +70,7 @@ def open_rendezvous() -> ActorHandle:
                 return self._number, self._members
             now = time.monotonic()
             self._waiting[rank] = (now, card)
+            self._known[rank] = card
             present = {rank: card for rank, (asked, card) in self._waiting.items() if now - asked < 3}
             self._number = max(self._number, past)
             if len(present) < size:
@@ -73,6 +78,10 @@ def open_rendezvous() -> ActorHandle:
             self._number += 1
             self._members, self._waiting, self._ended = present, {}, set()
             return self._number, self._members
+
+        def absent(self) -> list[Any]:
+            """The actors that were here, in any generation, and do not ask for the next one."""
+            return [card["actor"] for rank, card in self._known.items() if rank not in self._waiting]
 
         def end(self, rank: int, size: int, number: int) -> bool | None:
             """Whether all ranks are done with a generation; False if one of them asks for the next instead."""
@@ -149,6 +158,7 @@ class _Member:
         self._rank, self._size = context.get_world_rank(), context.get_world_size()
         self._name = uuid.uuid4().hex
         self._generation = 0
+        self._connections: set[Connection] = set()
         self.memory = ProcessMemory()
 
     def join(self) -> None:
@@ -180,6 +190,8 @@ class _Member:
 
     def leave(self) -> None:
         """Leave the process group, and let go of everything that belonged to it."""
+        hang_up(self._connections)
+        self._connections = set()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
@@ -197,17 +209,28 @@ class _Member:
 
     def _wait_for_others(self, store: TCPStore | None, deadline_s: float) -> tuple[int, dict[int, dict[str, Any]]]:
         address = (ray.util.get_node_ip_address(), store.port) if store is not None else None
-        card = {"name": self._name, "address": address}
+        card = {"name": self._name, "address": address, "actor": ray.get_runtime_context().current_actor}
+        absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
         while time.monotonic() < deadline_s:
             answer = self._ask("join", self._rank, self._size, self._generation, card)
             if answer is not None:
                 number, cards = answer
                 return int(number), cards
+            if time.monotonic() > absent_at_s:
+                self._end_absent()
+                absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
             time.sleep(_ASK_EVERY_S)
         raise RunError(
             f"rank {self._rank} waited {self._way.patience_s:.0f} s for the other workers in vain. "
             "See the events of the run for what happened to them; cluster.collective_timeout_s is how long they wait."
         )
+
+    def _end_absent(self) -> None:
+        """End the workers that neither train nor come here: they hang, and Ray would not notice."""
+        for actor in self._ask("absent") or []:
+            logger.warning("Rank %d waits for a worker that does not answer any more: it is ended.", self._rank)
+            with suppress(ray.exceptions.RayError):
+                ray.kill(actor)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         try:
@@ -217,6 +240,7 @@ class _Member:
             return None
 
     def _form(self, store: TCPStore | None, cards: dict[int, dict[str, Any]]) -> None:
+        before = open_connections()
         soon = timedelta(seconds=_FORMS_WITHIN_S)
         if store is None:
             host, port = cards[0]["address"]
@@ -224,7 +248,7 @@ class _Member:
         os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._size))
         shared = PrefixStore(f"generation-{self._generation}", store)
         dist.init_process_group("gloo", store=shared, rank=self._rank, world_size=self._size, timeout=soon)
-        distributed.barrier()
+        self._connections = connections_between_ranks(before)
         distributed.set_patience(self._way.patience_s)
 
 

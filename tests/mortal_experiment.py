@@ -1,0 +1,106 @@
+"""An experiment whose worker kills itself at a named point, once for each file that lies there for it.
+
+``model.graves`` is a directory. A file in it, named ``POINT`` or ``POINT-rankN``, is a death that is still to come; whoever
+dies removes it first.
+"""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.utils.data import Dataset
+
+from ray_trainer import Experiment, TaskSpec, TrainingConfig
+
+SIZE, CLASSES = 90, 3
+
+
+class Points(Dataset):
+    """Random points in three classes."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.randn(SIZE, 5, generator=generator)
+        self.labels = torch.randint(0, CLASSES, (SIZE,), generator=generator)
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"features": self.features[index], "labels": self.labels[index]}
+
+
+class Mortal(nn.Module):
+    """Dies in a forward pass; its statistics are those of rank 0 in every checkpoint."""
+
+    def __init__(self, graves: str) -> None:
+        super().__init__()
+        self.graves = graves
+        self.layers = nn.Sequential(
+            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, CLASSES)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            die(self.graves, "in_validation")
+        return self.layers(features)
+
+
+class Hooks:
+    """Points on the way."""
+
+    def __init__(self, graves: str) -> None:
+        self.graves = graves
+        self.steps: list[int] = []
+
+    def on_step_end(self, record: Any) -> None:
+        self.steps.append(record.step)
+        die(self.graves, f"after_step_{record.step}")
+
+    def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
+        die(self.graves, f"at_the_end_of_epoch_{epoch}")
+
+    def on_training_end(self) -> None:
+        die(self.graves, "at_the_end")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        die(self.graves, "in_restore")
+        self.steps = list(state["steps"])
+
+
+def die(graves: str, point: str) -> None:
+    """As by ``kill -9``, if that is to happen here."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for name in (point, f"{point}-rank{rank}"):
+        try:
+            (Path(graves) / name).unlink()
+        except FileNotFoundError:
+            continue
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_model(config: SimpleNamespace) -> nn.Module:
+    if (Path(config.graves) / "is_recovering").exists():
+        die(config.graves, "in_build_model")
+    return Mortal(config.graves)
+
+
+def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, Any]:
+    return {"train": Points(), "val": Points()}
+
+
+def experiment_of(graves: Path) -> Experiment:
+    return Experiment(
+        build_model,
+        build_datasets,
+        TaskSpec("points", "tabular_classification", input_fields=["features"]),
+        build_hooks=lambda: Hooks(str(graves)),
+    )
