@@ -34,7 +34,7 @@ def open_connections() -> set[Connection]:
     """All of this process; none on systems without ``/proc``."""
     if not _OPEN_FILES.exists():
         return set()
-    return {connection for name in os.listdir(_OPEN_FILES) if (connection := _connection(int(name)))}
+    return {connection for file in _OPEN_FILES.iterdir() if (connection := _connection(int(file.name)))}
 
 
 def connections_between_ranks(before: set[Connection]) -> set[Connection]:
@@ -48,14 +48,14 @@ def hang_up(connections: set[Connection]) -> None:
     """Let the other ends know at once that nothing comes any more."""
     for connection in connections:
         with suppress(OSError):
-            if os.readlink(_OPEN_FILES / str(connection.descriptor)) == connection.identity:
+            if _identity(connection.descriptor) == connection.identity:
                 with socket.socket(fileno=os.dup(connection.descriptor)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
 
 def _connection(descriptor: int) -> Connection | None:
     try:
-        identity = os.readlink(_OPEN_FILES / str(descriptor))
+        identity = _identity(descriptor)
         if not identity.startswith("socket:"):
             return None
         with socket.socket(fileno=os.dup(descriptor)) as end:
@@ -68,3 +68,7 @@ def _connection(descriptor: int) -> Connection | None:
 
 def _address(name: tuple[str, int]) -> tuple[str, int]:
     return name[0].removeprefix("::ffff:"), name[1]
+
+
+def _identity(descriptor: int) -> str:
+    return str((_OPEN_FILES / str(descriptor)).readlink())
