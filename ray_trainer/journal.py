@@ -145,7 +145,7 @@ class RecentRows:
         """Add one; steps never go back."""
         self._rows.append(row)
         if len(self._rows) > self._most:
-            self._forget_steps_before(int(self._rows[0]["step"]) + 1)
+            self._forget_steps_before(min(int(self._rows[0]["step"]) + 1, row["step"]))
 
     def forget_but_newest_step(self) -> None:
         """Forget those that are of no use any more; others of the newest step may follow."""
