@@ -68,7 +68,7 @@ class TrainingLoop:
         self._saving_to = saving_to
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
-        self._statistics = RunningStatistics(forward.model)
+        self._statistics = RunningStatistics(forward.model, keeps_others=runtime.survivor is not None)
         self._clock = time.monotonic()
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
         self._is_replicated = runtime.survivor is not None
@@ -113,7 +113,7 @@ class TrainingLoop:
             norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         except BaseException:
             self._forward.abandon_step()
-            self._statistics.put_back()
+            self._statistics.undo()
             self._accumulator.discard()
             self.is_whole = self._statistics.are_complete()
             raise
@@ -245,9 +245,12 @@ class RunningStatistics:
     A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
     would stay in them for ever.
 
+    Args:
+        model: whose layers they belong to.
+        keeps_others: remember the model's other buffers as well, once one of them has changed, for `undo`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keeps_others: bool = False) -> None:
         layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._live = [buffer for layer in layers for buffer in layer.buffers()]
         self._saved = [buffer.clone() for buffer in self._live]
@@ -255,18 +258,24 @@ class RunningStatistics:
         self._model = model
         self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
         self._versions: list[int] = []
+        self._keeps_others = keeps_others
+        self._saved_others: list[torch.Tensor] = []
 
     def remember(self) -> None:
         """Keep the values of this moment."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
+        if self._saved_others:
+            torch._foreach_copy_(self._saved_others, self._others)
+        elif self._keeps_others and self._versions and not self.are_untouched():
+            self._saved_others = [buffer.clone() for buffer in self._others]
         self._versions = [buffer._version for buffer in self._others]
 
     def are_complete(self) -> bool:
-        """Whether no other buffer of the model was written or replaced since."""
+        """Whether no other buffer of the model was replaced, or written without having been kept."""
         there = {id(buffer) for buffer in self._model.buffers()}
         is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and self.are_untouched()
+        return is_there and (bool(self._saved_others) or self.are_untouched())
 
     def are_untouched(self) -> bool:
         """Whether the model's other buffers are as they were."""
@@ -279,6 +288,12 @@ class RunningStatistics:
             with_others: the model's other buffers as well; equal on all ranks.
         """
         distributed.broadcast_all([*self._live, *self._others] if with_others else self._live, source=0)
+
+    def undo(self) -> None:
+        """Put back all that was kept: the step was broken off."""
+        self.put_back()
+        if self._saved_others:
+            torch._foreach_copy_(self._others, self._saved_others)
 
     def put_back(self) -> None:
         """Return to the values that were kept."""

@@ -23,7 +23,7 @@ from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.rejoin import Rejoining, open_rendezvous, rejoins
-from ray_trainer.cluster.replacement import InPlaceConfig
+from ray_trainer.cluster.replacement import InPlaceConfig, ReplacementGuard
 from ray_trainer.cluster.session import (
     ray_session,
     require_resources,
@@ -249,7 +249,11 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             storage_filesystem=filesystem_for_ray(storage),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
-            callbacks=[FailureRecorder(storage, job.link), GroupRecorder(job.link)],
+            callbacks=[
+                FailureRecorder(storage, job.link),
+                GroupRecorder(job.link),
+                *([ReplacementGuard()] if job.rejoining is not None else []),
+            ],
         ),
     )
 
