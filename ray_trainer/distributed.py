@@ -4,8 +4,10 @@ Everything goes through the default process group of ``torch.distributed``, whic
 CPU tensors (``gloo``, or ``cpu:gloo,cuda:nccl`` on GPUs).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +19,12 @@ from ray_trainer.errors import RayTrainerError, RunError
 
 T = TypeVar("T")
 
+#: How gloo words it that another rank has gone, or does not answer any more.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "Socket closed")
+_CHUNK_BYTES = 64 << 20
+_NAMES = ("forward_sync_buffers", "broadcast_buffers")  # before torch 2.13 it has only the second name
+_BUFFERS_OPTION = next(name for name in _NAMES if name in signature(nn.parallel.DistributedDataParallel).parameters)
+
 
 def world_size() -> int:
     """How many processes train together."""
@@ -26,6 +34,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process among them, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def set_patience(seconds: float) -> None:
+    """How long a collective waits for the other ranks from now on."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def barrier() -> None:
@@ -52,6 +65,39 @@ def broadcast_object(value: T, source: int = 0) -> T:
     with pulse.during(pulse.Phase.EXCHANGE):
         dist.broadcast_object_list(box, src=source)
     return cast(T, box[0])
+
+
+def broadcast_all(tensors: Sequence[torch.Tensor], source: int) -> None:
+    """Overwrite tensors with those of rank ``source``. Collective if there are any, with one exchange a type."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.broadcast(flat, source)
+        if rank() != source:
+            parts = torch.split(flat, [tensor.numel() for tensor in same])
+            for tensor, part in zip(same, parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
+
+
+def broadcast_bytes(memory: torch.Tensor, source: int) -> None:
+    """Fill CPU memory with that of rank ``source``. Collective: all ranks pass the same size.
+
+    Args:
+        memory: ``(size_bytes,)`` of uint8.
+        source: whose content it is; not changed there.
+    """
+    if world_size() > 1:
+        for chunk in torch.split(memory, _CHUNK_BYTES):
+            dist.broadcast(chunk, source)
+
+
+def has_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error says that a collective failed because of another rank, which is gone or hangs."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _LOST_PEER):
+            return True
+        error = error.__cause__
+    return False
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -105,12 +151,18 @@ def _portable(error: Exception) -> RayTrainerError:
     return RunError(f"rank {rank()}: {type(error).__name__}: {error}")
 
 
-def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap_model(model: nn.Module, device: torch.device, broadcasts_buffers: bool = True) -> nn.Module:
     """The module to call in training: ``model`` itself, or in ``DistributedDataParallel`` on several ranks.
 
     The optimizer, checkpoints and validation keep using ``model``, whose names carry no prefix.
+
+    Args:
+        model: already on its device.
+        device: of this process.
+        broadcasts_buffers: each step begins with the buffers of rank 0; False where somebody else sees to that.
     """
     if world_size() == 1:
         return model
     on_gpu = device.type == "cuda"
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None)
+    options = {} if broadcasts_buffers else {_BUFFERS_OPTION: False}
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None, **options)

@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -27,6 +27,7 @@ class Agreed:
         wants_save: the surroundings of some rank want a checkpoint at once.
         busy: where a checkpoint of any rank is still on its way to.
         stragglers: ranks that were found to be slow.
+        shared: sums over the ranks, in their order, of what else was told.
     """
 
     count: float = 0.0
@@ -37,6 +38,7 @@ class Agreed:
     wants_save: bool = False
     busy: Tier = Tier.NONE
     stragglers: tuple[Straggler, ...] = ()
+    shared: tuple[float, ...] = ()
 
 
 class StepExchange:
@@ -57,17 +59,25 @@ class StepExchange:
         """Training starts now: set-up does not count as time of the first step."""
         self._clock = time.monotonic()
 
-    def agree(self, count: float, num_samples: int, loss_sum: float) -> Agreed:
-        """Tell this rank's part of the step, and learn the whole. Collective."""
+    def agree(self, count: float, num_samples: int, loss_sum: float, shared: Sequence[float] = ()) -> Agreed:
+        """Tell this rank's part of the step, and learn the whole. Collective.
+
+        Args:
+            count: by which the loss of this rank is weighted.
+            num_samples: of this rank.
+            loss_sum: of this rank.
+            shared: what else is to be added up; as many values on all ranks.
+        """
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         stop, save, busy = self._runtime.requested_stop(), self._runtime.requested_save(), self._saving_to()
         if distributed.world_size() == 1:
-            return Agreed(count, num_samples, loss_sum, seconds, stop, save, busy)
-        own = [count, num_samples, loss_sum, seconds, stop, save, busy, *pulse.take_own_times()]
+            return Agreed(count, num_samples, loss_sum, seconds, stop, save, busy, shared=tuple(shared))
+        own = [count, num_samples, loss_sum, seconds, stop, save, busy, *pulse.take_own_times(), *shared]
         rows = distributed.gather_rows(torch.tensor([own], dtype=torch.float64))[:, 0]
         counts, samples, losses, times, stops, saves, tiers = rows[:, :7].T.tolist()
-        slow = self._stragglers.add(rows[:, 7:], times[0]) if distributed.rank() == 0 else []
+        end = rows.shape[1] - len(shared)
+        slow = self._stragglers.add(rows[:, 7:end], times[0]) if distributed.rank() == 0 else []
         return Agreed(
             count=sum(counts),
             num_samples=int(sum(samples)),
@@ -77,4 +87,5 @@ class StepExchange:
             wants_save=any(saves),
             busy=Tier(reduce(operator.or_, map(int, tiers))),
             stragglers=tuple(slow),
+            shared=tuple(reduce(operator.add, column) for column in rows[:, end:].T.tolist()),
         )

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ray_trainer import fsdp
+from ray_trainer import distributed, fsdp
 from ray_trainer.config import TrainingConfig
 from ray_trainer.distributed import wrap_model
 
@@ -35,8 +35,17 @@ class Forward:
     is_sharded: bool = False
 
     @classmethod
-    def build(cls, model: nn.Module, device: torch.device, config: TrainingConfig) -> "Forward":
-        """Compile and wrap a model, already on its device, as configured. Collective."""
+    def build(
+        cls, model: nn.Module, device: torch.device, config: TrainingConfig, broadcasts_buffers: bool = True
+    ) -> "Forward":
+        """Compile and wrap a model, already on its device, as configured. Collective.
+
+        Args:
+            model: the bare one.
+            device: of this process.
+            config: tells how.
+            broadcasts_buffers: see `wrap_model`.
+        """
         if config.compile_mode is not None:
             model.compile(  # in place, so that names stay as they are
                 mode=config.compile_mode, fullgraph=config.compile_fullgraph, dynamic=config.compile_dynamic
@@ -44,7 +53,7 @@ class Forward:
         dtype = getattr(torch, config.autocast_dtype) if config.autocast_dtype else None
         if fsdp.is_sharded(model):
             return cls(model, model, device, dtype, is_sharded=True)
-        return cls(model, wrap_model(model, device), device, dtype)
+        return cls(model, wrap_model(model, device, broadcasts_buffers), device, dtype)
 
     def precision(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
@@ -101,28 +110,52 @@ class RunningStatistics:
     A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
     would stay in them for ever.
 
+    Args:
+        model: whose layers they belong to.
+        keeps_others: remember the model's other buffers as well, for `undo`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keeps_others: bool = False) -> None:
         layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._live = [buffer for layer in layers for buffer in layer.buffers()]
         self._saved = [buffer.clone() for buffer in self._live]
         known = {id(buffer) for buffer in self._live}
         self._model = model
         self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
-        self._versions: list[int] = []
+        self._versions = [buffer._version for buffer in self._others]
+        self._saved_others = [buffer.clone() for buffer in self._others] if keeps_others else []
 
     def remember(self) -> None:
         """Keep the values of this moment."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
+        if self._saved_others and not self.are_untouched():
+            torch._foreach_copy_(self._saved_others, self._others)
         self._versions = [buffer._version for buffer in self._others]
 
     def are_complete(self) -> bool:
-        """Whether no other buffer of the model was written or replaced since."""
+        """Whether no other buffer of the model was replaced, or written without having been kept."""
         there = {id(buffer) for buffer in self._model.buffers()}
         is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and self._versions == [buffer._version for buffer in self._others]
+        return is_there and (bool(self._saved_others) or self.are_untouched())
+
+    def are_untouched(self) -> bool:
+        """Whether the model's other buffers are as they were."""
+        return self._versions == [buffer._version for buffer in self._others]
+
+    def share(self, with_others: bool) -> None:
+        """Take over those of rank 0, as they are in a checkpoint. Collective where there are any.
+
+        Args:
+            with_others: the model's other buffers as well; equal on all ranks.
+        """
+        distributed.broadcast_all([*self._live, *self._others] if with_others else self._live, source=0)
+
+    def undo(self) -> None:
+        """Put back all that was kept: the step was broken off."""
+        self.put_back()
+        if self._saved_others:
+            torch._foreach_copy_(self._others, self._saved_others)
 
     def put_back(self) -> None:
         """Return to the values that were kept."""

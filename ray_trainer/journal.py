@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -41,6 +42,7 @@ class Journal:
         self._config = config
         self._events: EventLog | None = None
         self._writers = Writers()
+        self._recent = RecentRows(100 if runtime.storage.is_local else 10_000)
         self.attempt = 0
 
     def open(self, saved: LoadedCheckpoint | None) -> None:
@@ -49,8 +51,13 @@ class Journal:
         Raises:
             OSError: storage cannot be read or written.
         """
-        if distributed.rank() > 0 or self._config.fast_dev_run:
-            return
+        carried = saved.carried if saved else None
+        if distributed.rank() == 0 and not self._config.fast_dev_run:
+            self._begin_files(saved, rewind_to=_last_step_before(saved))
+        for row in carried.rows if carried else ():
+            self._add(row)
+
+    def _begin_files(self, saved: LoadedCheckpoint | None, rewind_to: int) -> None:
         storage = self._runtime.storage
         self.attempt = next_attempt(storage)
         self._events = EventLog(storage, self.attempt)
@@ -58,7 +65,7 @@ class Journal:
         if self._config.tensorboard:
             writers.append(TensorBoardWriter(storage, self.attempt))
         self._writers = Writers(writers)
-        self._writers.rewind(saved.record.step if saved else 0)
+        self._writers.rewind(rewind_to)
         described = {"training": self._config.to_dict(), **self._runtime.describe()}
         storage.write("run.yaml", dump_yaml(described).encode())
         storage.write("environment.json", json.dumps(environment(), indent=2).encode())
@@ -74,6 +81,8 @@ class Journal:
         for name, reason in saved.rejected:
             self.event("checkpoint_rejected", step, epoch, checkpoint=name, reason=reason)
         self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": str(saved.tier.name).lower()})
+        if saved.carried is not None:
+            self.event("rejoined", step, epoch, **saved.carried.story)
 
     def conclude(self, progress: Progress, interruption: Stop) -> None:
         """Tell how the run, or this attempt, ended."""
@@ -109,7 +118,16 @@ class Journal:
 
     def metrics(self, split: str, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Add a row of ``train`` or ``val``; (split, step) comes once."""
-        self._writers.write({"step": step, "epoch": epoch, "split": split, **values})
+        self._add({"step": step, "epoch": epoch, "split": split, **values})
+
+    def recent_rows(self) -> tuple[dict[str, Any], ...]:
+        """The rows that may not be on storage if rank 0 is lost, on any rank; all of a step or none."""
+        return self._recent.rows()
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if self._runtime.survivor is not None:
+            self._recent.add(row)
+        self._writers.write(row)
 
     def rewind(self, step: int) -> None:
         """Drop the rows of later steps, which come again.
@@ -120,12 +138,52 @@ class Journal:
         self._writers.rewind(step)
 
     def flush(self) -> None:
-        """Bring rows to storage."""
+        """Bring rows to storage. On all ranks."""
+        self._recent.forget_but_newest_step()
         self._writers.flush()
 
     def close(self) -> None:
         """Bring everything to storage."""
         self._writers.close()
+
+
+class RecentRows:
+    """The rows of the last steps: all of a step or none.
+
+    Args:
+        most: how many at most, give or take those of one step.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._rows: deque[dict[str, Any]] = deque()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add one; steps never go back."""
+        self._rows.append(row)
+        if len(self._rows) > self._most:
+            self._forget_steps_before(min(int(self._rows[0]["step"]) + 1, row["step"]))
+
+    def forget_but_newest_step(self) -> None:
+        """Forget those that are of no use any more; others of the newest step may follow."""
+        if self._rows:
+            self._forget_steps_before(int(self._rows[-1]["step"]))
+
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """All there are, old to new."""
+        return tuple(self._rows)
+
+    def _forget_steps_before(self, step: int) -> None:
+        while self._rows and self._rows[0]["step"] < step:
+            self._rows.popleft()
+
+
+def _last_step_before(saved: LoadedCheckpoint | None) -> int:
+    """The last step whose rows stay as they are: later ones are dropped, or written again."""
+    if saved is None:
+        return 0
+    rows = saved.carried.rows if saved.carried is not None else ()
+    return min([saved.record.step, *(int(row["step"]) - 1 for row in rows[:1])])
 
 
 def environment() -> dict[str, Any]:

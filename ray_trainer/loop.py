@@ -19,7 +19,7 @@ from ray_trainer.forward import Forward, RunningStatistics
 from ray_trainer.gradients import GradientAccumulator, GradientMonitor, Verdict
 from ray_trainer.hooks import StepRecord
 from ray_trainer.losses import LossResult
-from ray_trainer.metrics.sums import MetricSums
+from ray_trainer.metrics.sums import MetricSums, stacked
 from ray_trainer.pulse import Phase
 from ray_trainer.runtime import Runtime
 from ray_trainer.seeding import seed_step
@@ -91,8 +91,9 @@ class TrainingLoop:
         self._watch = watch
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
-        self._statistics = RunningStatistics(forward.model)
+        self._statistics = RunningStatistics(forward.model, keeps_others=runtime.survivor is not None)
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
+        self._is_replicated = runtime.survivor is not None
         self.agreed = Agreed()
         self.wants_rollback = False
         self.is_whole = True
@@ -134,20 +135,24 @@ class TrainingLoop:
             self._watch.failed(error)
             self._break_off()
             raise
+        try:
+            row = _row(results)
+            agreed = self.agreed = self._agree(results, row, step_batch.num_samples)
+            mean_count = agreed.count / self._world_size  # the exchange of gradients has averaged the ranks' sums
+            norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
+        except BaseException:
+            self._break_off()
+            raise
 
-        local_count = sum(float(result.loss.count) for result in results)
-        local_loss = sum(float(r.loss.sum.detach()) for r in results) if self._monitor.needs_loss else 0.0
-        agreed = self.agreed = self._exchange.agree(local_count, step_batch.num_samples, local_loss)
-        pulse.beat(Phase.UPDATE)
-        mean_count = agreed.count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
-        norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         learning_rate = self._accumulator.learning_rate
         verdict = self._judge(norm, agreed.loss_sum / agreed.count) if agreed.count else Verdict.SKIP
         self.wants_rollback = verdict is Verdict.ROLLBACK
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
-        if is_updated:
-            self._sums.append(_row(results))
+        if is_updated and self._is_replicated:
+            self._sums.add(agreed.shared[1:])
+        elif is_updated:
+            self._sums.append(row)
         else:
             self._statistics.put_back()
             self._accumulator.discard()
@@ -179,7 +184,7 @@ class TrainingLoop:
     def _break_off(self) -> None:
         """Leave no trace of a step that cannot be finished."""
         self._forward.abandon_step()
-        self._statistics.put_back()
+        self._statistics.undo()
         self._accumulator.discard()
         self.is_whole = self._statistics.are_complete()
 
@@ -231,6 +236,21 @@ class TrainingLoop:
         with self._forward.precision():
             return self._task.evaluate(self._forward.module, batch)
 
+    def _agree(self, results: list[BatchResult], row: tuple[torch.Tensor | int, ...], num_samples: int) -> Agreed:
+        """Tell the other ranks of this one's part of the step, and learn the whole.
+
+        Where any rank may have to go on without another, the step's sums and normalisation statistics are shared as
+        well: each rank then has all there is.
+        """
+        count = sum(float(result.loss.count) for result in results)
+        loss = sum(float(result.loss.sum.detach()) for result in results) if self._monitor.needs_loss else 0.0
+        shared = [not self._statistics.are_untouched(), *stacked([row])[0].tolist()] if self._is_replicated else []
+        agreed = self._exchange.agree(count, num_samples, loss, shared)
+        pulse.beat(Phase.UPDATE)
+        if self._is_replicated:
+            self._statistics.share(with_others=agreed.shared[0] > 0)
+        return agreed
+
     def _settle_buckets(self, step_batch: StepBatch) -> None:
         """Make the exchange of gradients the same in every process of a run, from its first step on.
 
@@ -241,9 +261,11 @@ class TrainingLoop:
         self._buckets_settled = True
         pulse.beat(Phase.FORWARD)
         self._statistics.remember()
-        self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
-        self._statistics.put_back()
-        self._accumulator.discard()
+        try:
+            self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._statistics.put_back()
+            self._accumulator.discard()
 
     def explained(self, error: Exception) -> MemoryShortageError:
         """What to raise when memory did not suffice in or after the step in progress."""

@@ -84,6 +84,8 @@ class Run:
             if distributed.world_size() == 1 and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
+            elif self._loop.is_whole and distributed.has_lost_peer(error):
+                self._saver.keep(self._recorder.metrics())
             if is_shortage(error):
                 raise self._loop.explained(error) from error
             raise
@@ -98,6 +100,8 @@ class Run:
             return
         ends_epoch, is_end = self._limits.ends_epoch(progress), self._limits.reached(progress)
         if progress.epoch_logged and not is_end:
+            if self._saver.is_behind and self._saver.due(self._moment(is_epoch_end=True)):
+                self._save()
             self._end_epoch()
         elif is_end and not self._recorder.has_closed:
             self._close_epoch(ends_epoch)
@@ -145,12 +149,12 @@ class Run:
         return self._has_gone_back
 
     def _after_step(self, record: StepRecord) -> None:
-        self._saver.poll(self._loop.agreed.busy)
         self._save_requested |= self._loop.agreed.wants_save
         self._recorder.step(record, self._loop.take_data_wait_s())
         for straggler in self._loop.agreed.stragglers:
             self._recorder.straggler(straggler)
         self._call_after_step(record)
+        self._saver.poll(self._loop.agreed.busy)
         if self._compare_replicas(is_saved=self._saver.snapshot_is_due(self._loop.agreed.busy)):
             return
         if self._saver.snapshot_is_due(self._loop.agreed.busy):
@@ -165,7 +169,7 @@ class Run:
         must_validate = self._validate_at.due(moment) and not self._recorder.has_validated
         if must_validate and not self._validate():
             return
-        is_due = self._saver.due(moment) and (must_validate or not is_resumed)
+        is_due = self._saver.due(moment) and (must_validate or not is_resumed or self._saver.is_behind)
         if self._save_requested or is_due:
             self._save(may_skip=not self._save_requested)
         self._rollback.keep()

@@ -13,7 +13,7 @@ import torch
 from ray_trainer import distributed
 from ray_trainer.storage import Fence, Storage
 from ray_trainer.storage.lease import Terms, holding
-from ray_trainer.storage.snapshots import SnapshotStore
+from ray_trainer.storage.snapshots import ProcessMemory, SnapshotStore
 
 
 class Stop(enum.IntEnum):
@@ -50,6 +50,10 @@ class Runtime(Protocol):
     @property
     def snapshots(self) -> SnapshotStore | None:
         """Memory that outlives this process, where there is one."""
+
+    @property
+    def survivor(self) -> ProcessMemory | None:
+        """Memory of this process for a run that breaks because of another rank, where that one is replaced."""
 
     def __enter__(self) -> "Runtime":
         """The run begins."""
@@ -128,6 +132,11 @@ class LocalRuntime:
     @property
     def snapshots(self) -> None:
         """See `Runtime`; nothing outlives this process but storage."""
+        return None
+
+    @property
+    def survivor(self) -> None:
+        """See `Runtime`; nobody replaces a rank here."""
         return None
 
     def __enter__(self) -> "LocalRuntime":

@@ -8,11 +8,13 @@ from typing import Any
 
 from ray_trainer import distributed, pulse
 from ray_trainer.checkpoint import (
+    Carried,
     CheckpointManager,
     CheckpointMeta,
     CheckpointRecord,
     Commit,
     MemoryTier,
+    SurvivorTier,
     Tier,
 )
 from ray_trainer.config import TrainingConfig
@@ -91,11 +93,40 @@ class Saver:
         self._saved: _Mark | None = self._mark()
         self._pending: _Pending | None = None
         self._is_prepared = False
+        self._owes = False
         self.saved_at_s = progress.elapsed_s
+
+    def go_on(self, carried: Carried) -> None:
+        """Take over what the saver knew whose run this one continues, without a checkpoint of that very step."""
+        self.saved_at_s, self._owes = carried.saved_at_s, carried.owes_save
+        if carried.saved_step != self._progress.step:
+            self._saved = None
+
+    def keep(self, metrics: Mapping[str, float]) -> None:
+        """Keep the state of the last completed step in this process, where that is of use; the run is broken."""
+        audience = self._audience
+        memory = audience.runtime.survivor
+        if memory is None:
+            return
+        is_saved = self._saved is not None and not self._owes
+        carried = Carried(
+            rows=audience.journal.recent_rows(),
+            saved_step=self._saved[0] if self._saved is not None and is_saved else -1,
+            saved_at_s=self.saved_at_s,
+            owes_save=self._owes,
+        )
+        own = {"hooks": audience.hooks.state_dict()}
+        SurvivorTier(memory).keep(self._state.state_dict(), own, self._meta_now(metrics), carried, self._manager)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether no checkpoint of the last completed step has been begun."""
+        return self._saved != self._mark()
 
     def due(self, moment: Moment) -> bool:
         """Whether the configured intervals ask for a checkpoint now, or one that failed is to be tried again."""
-        return self._is_on and (self._trigger.due(moment) or self._progress.elapsed_s >= self._retry_at_s)
+        is_asked = self._trigger.due(moment) or self._progress.elapsed_s >= self._retry_at_s
+        return self._is_on and (is_asked or self._owes)
 
     def busy(self) -> Tier:
         """Where this rank's part of a checkpoint is on its way to; costs nothing where there is none."""
@@ -194,6 +225,7 @@ class Saver:
         meta = self._meta_now(metrics)
         self.saved_at_s = self._progress.elapsed_s
         self._retry_at_s = math.inf  # this is the next attempt
+        self._owes = True
         commit = self._manager.begin(self._state.state_dict(), self._rank_state(), meta)
         self._saved = self._mark()
         self._pending = _Pending(commit, meta.metrics)
@@ -220,6 +252,7 @@ class Saver:
             raise
         if record is not None:
             self._pending = None
+            self._owes = False
             self._failures, self._retry_at_s = 0, math.inf
             self._tell(record, pending)
 
@@ -232,6 +265,7 @@ class Saver:
             raise
         except CheckpointError as error:  # equal on all ranks
             self._saved = None
+            self._owes = False
             self._failures += 1
             pause_s = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2 ** (self._failures - 1))
             self._retry_at_s = self._progress.elapsed_s + pause_s

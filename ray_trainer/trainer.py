@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ray_trainer import distributed
-from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, MemoryTier
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, MemoryTier, SurvivorTier
 from ray_trainer.clearing import make_room
 from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import require_same_data
@@ -183,9 +183,12 @@ class Trainer:
         return self._results(setup.monitor)
 
     def _restore(self, resume_from: str | None) -> LoadedCheckpoint | None:
-        """The state to go on from: the newest snapshot in memory, or what storage has."""
+        """The state to go on from: a survivor's, the newest snapshot in memory, or what storage has."""
         store, share = self.runtime.snapshots, self._placement.share
         self._memory = None if store is None else MemoryTier(store, self.checkpoint_manager)
+        survivors = self.runtime.survivor and SurvivorTier(self.runtime.survivor)
+        if survivors and (alive := survivors.restore()):
+            return alive
         snapshot = self._memory.restore(share) if self._memory and resume_from == "auto" else None
         return snapshot or self.checkpoint_manager.restore(resume_from, share)
 
@@ -224,12 +227,15 @@ class Trainer:
         if setup.restarts_epoch:
             self.progress.restart_epoch()
             recorder.reset_epoch()
-        forward = Forward.build(self.model, self.device, self.training_config)
+        is_alone = self.runtime.survivor is None
+        forward = Forward.build(self.model, self.device, self.training_config, broadcasts_buffers=is_alone)
         if not self.training_config.fast_dev_run:
             make_room(self.checkpoint_manager, saved, resume_from)
         books.journal.open(saved)
         setup.tell(books.journal, self.progress)
         saver = self._build_saver(setup, state, books.journal)
+        if saved is not None and saved.carried is not None:
+            saver.go_on(saved.carried)
         rewind = self._build_rewind(state, saver, books.journal)
         crashes = Crashes(self.training_config, self.progress, setup.sources.train, books.journal)
         crashes.recall(self.runtime.storage)
@@ -237,6 +243,8 @@ class Trainer:
         with self._hooks.training(), closing(books.journal), closing(saver), closing(crashes):
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
+            if self.runtime.survivor is not None:
+                SurvivorTier(self.runtime.survivor).release()  # it is in the parts now
             run.execute()
             books.journal.conclude(self.progress, run.interruption)
         return run.interruption

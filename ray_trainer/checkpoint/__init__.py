@@ -6,11 +6,13 @@ from ray_trainer.checkpoint.direct import CheckpointMetadata
 from ray_trainer.checkpoint.manager import CheckpointManager
 from ray_trainer.checkpoint.manifest import CheckpointMeta, Manifest
 from ray_trainer.checkpoint.memory import MemoryTier
-from ray_trainer.checkpoint.restore import LoadedCheckpoint, Rejection
+from ray_trainer.checkpoint.restore import Carried, LoadedCheckpoint, Rejection
+from ray_trainer.checkpoint.survivors import SurvivorTier
 from ray_trainer.checkpoint.tiers import Tier
 from ray_trainer.checkpoint.weights import export_weights, load_weights
 
 __all__ = [
+    "Carried",
     "CheckpointManager",
     "CheckpointMeta",
     "CheckpointMetadata",
@@ -20,6 +22,7 @@ __all__ = [
     "Manifest",
     "MemoryTier",
     "Rejection",
+    "SurvivorTier",
     "Tier",
     "export_weights",
     "list_checkpoints",

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
 from ray_trainer.checkpoint.arena import Arena
 from ray_trainer.checkpoint.catalog import CheckpointRecord
 from ray_trainer.checkpoint.commit import draft, files_of_rank
+from ray_trainer.checkpoint.images import FileImage
 from ray_trainer.checkpoint.layout import read_rank_state, read_state
 from ray_trainer.checkpoint.manager import CheckpointManager
 from ray_trainer.checkpoint.manifest import CheckpointMeta, FileEntry, Manifest
@@ -66,10 +67,7 @@ class MemoryTier:
         Training waits for the copy only. What cannot be kept is logged.
         """
         images, _ = files_of_rank(state, rank_state)
-        places, end = [], 0
-        for image in images:
-            places.append(FileInMemory(image.name, end, image.size_bytes))
-            end += -(-image.size_bytes // _ALIGNMENT) * _ALIGNMENT
+        places, end = lay_out(images)
         try:
             memory = self._room_for(end)
         except OSError as error:
@@ -92,7 +90,7 @@ class MemoryTier:
 
         def load() -> None:
             nonlocal loaded
-            loaded = _load(self._store, parts or [], share)
+            loaded = load_held(self._store, parts or [], share)
 
         parts = on_rank_zero(self._newest)
         if parts is None:
@@ -113,7 +111,7 @@ class MemoryTier:
         self._thread = self._arena = None
 
     def _bring(self, part: SnapshotPart, places: list[FileInMemory], content: NDArray[np.uint8]) -> None:
-        files = tuple((place, _checksum(content, place)) for place in places)
+        files = with_checksums(content, places)
         try:
             self._store.put(replace(part, files=files), content)
         except OSError as error:
@@ -143,8 +141,29 @@ class MemoryTier:
         return self._arena.memory
 
 
-def _load(store: SnapshotStore, parts: list[SnapshotPart], share: Share | None) -> LoadedCheckpoint:
-    """Read a snapshot as a checkpoint is read."""
+def lay_out(images: Sequence[FileImage]) -> tuple[list[FileInMemory], int]:
+    """Places for files in one piece of memory, and its size."""
+    places, end = [], 0
+    for image in images:
+        places.append(FileInMemory(image.name, end, image.size_bytes))
+        end += -(-image.size_bytes // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def with_checksums(content: NDArray[np.uint8], places: Sequence[FileInMemory]) -> tuple[tuple[FileInMemory, str], ...]:
+    """The files that lie in memory, each with the checksum of what it holds now."""
+    return tuple((place, _checksum(content, place)) for place in places)
+
+
+class Contents(Protocol):
+    """Where the bytes of a snapshot's parts are."""
+
+    def content(self, part: SnapshotPart) -> NDArray[np.uint8]:
+        """The bytes of a part."""
+
+
+def load_held(store: Contents, parts: Sequence[SnapshotPart], share: Share | None = None) -> LoadedCheckpoint:
+    """Read a snapshot as a checkpoint is read, checksums included."""
     held = _HeldFiles(store, parts)
     manifest = held.manifest
     name = f"snapshot of step {manifest.step}"
@@ -160,7 +179,7 @@ def _load(store: SnapshotStore, parts: list[SnapshotPart], share: Share | None) 
 class _HeldFiles(Storage):
     """The files of a snapshot, for reading; a rank's part is fetched when a file in it is."""
 
-    def __init__(self, store: SnapshotStore, parts: Sequence[SnapshotPart]) -> None:
+    def __init__(self, store: Contents, parts: Sequence[SnapshotPart]) -> None:
         super().__init__(pafs.LocalFileSystem(), "/")
         self._store = store
         self._places = {place.name: (part, place) for part in parts for place, _ in part.files}

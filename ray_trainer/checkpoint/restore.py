@@ -24,6 +24,25 @@ UNFINISHED = f"{MANIFEST} is missing: the save was never finished"
 _BROKEN = ".broken"
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a run that broke off knew beyond its state, for the run that goes on from it.
+
+    Attributes:
+        rows: metrics of the last steps, which a lost rank 0 may not have written; all of a step or none.
+        saved_step: of the newest checkpoint that is whole; -1 if there was none.
+        saved_at_s: time of training when the last checkpoint was begun.
+        owes_save: a checkpoint was on its way, and is lost.
+        story: how the ranks found together again, for the event that tells of it; plain.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    saved_step: int
+    saved_at_s: float
+    owes_save: bool
+    story: dict[str, Any] = field(default_factory=dict)
+
+
 class Rejection(NamedTuple):
     """A checkpoint that could not be used, and why."""
 
@@ -40,6 +59,7 @@ class LoadedCheckpoint:
         rank_state: what this rank alone had; None if the run that saved had fewer ranks.
         rejected: newer (or better) ones that were not whole, in the order they were tried.
         tier: where it came from.
+        carried: what the process that it came from knew besides, where that is alive.
     """
 
     state: dict[str, Any]
@@ -48,6 +68,7 @@ class LoadedCheckpoint:
     record: CheckpointRecord
     rejected: list[Rejection] = field(default_factory=list)
     tier: Tier = Tier.STORAGE
+    carried: Carried | None = None
 
 
 class Selection(NamedTuple):

@@ -4,8 +4,9 @@ import enum
 
 
 class Tier(enum.IntFlag):
-    """Storage, which survives everything, and memory outside of the workers, which survives those."""
+    """Storage, which survives everything, memory outside of the workers, which survives those, and such a survivor."""
 
     NONE = 0
     STORAGE = 1
     MEMORY = 2
+    SURVIVOR = 4

@@ -33,6 +33,7 @@ _SYNONYMS = {
     "placement_strategy": "strategy placement placement_group_strategy",
     "torch_threads_per_worker": "num_threads omp_num_threads threads_per_worker torch_threads",
     "snapshot_every_n_steps": "snapshot_interval memory_checkpoint_interval in_memory_checkpoint_every_n_steps",
+    "in_job_recovery": "rejoin in_place_recovery elastic_recovery replace_workers",
     "collective_timeout_s": "timeout timeout_s torch_timeout nccl_timeout ddp_timeout collective_timeout",
     "hang_floor_s": "hang_timeout hang_timeout_s heartbeat_timeout watchdog_timeout hang_s",
 }
@@ -86,6 +87,10 @@ class ClusterConfig(Section):
     """CPU threads of torch in each worker. None: the CPUs that the worker reserves."""
     snapshot_every_n_steps: Count | None = None
     """Steps between snapshots in Ray's object store, from which workers that were restarted go on. None: none."""
+    in_job_recovery: bool = True
+    """Whether a worker that died is replaced alone, and the others keep process and state, so that no step is
+    lost; else all of them start again from the newest checkpoint. Always so with one worker, a range of workers, GPUs
+    or FSDP."""
     collective_timeout_s: Positive = 1800.0
     """Seconds that workers wait for each other before they take one for dead."""
     hang_floor_s: Positive | None = 10.0

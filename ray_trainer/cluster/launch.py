@@ -21,6 +21,8 @@ from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.monitor import terms_of
 from ray_trainer.cluster.readiness import require_cluster, require_storage
+from ray_trainer.cluster.rejoin import Rejoining, open_rendezvous, rejoins
+from ray_trainer.cluster.replacement import InPlaceConfig, ReplacementGuard
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.session import (
     ray_session,
@@ -136,6 +138,7 @@ def fit_watched(
             lease=storage.fence.epoch,
             hang=terms_of(cluster),
             start_from=start_from,
+            rejoining=_rejoining(cluster, training_config),
         )
         retries = Retries(cluster.max_failures)
         with watching as watch:
@@ -152,6 +155,10 @@ def fit_watched(
 def _open_vault(cluster: ClusterConfig) -> RayVault | None:
     every_n_steps = cluster.snapshot_every_n_steps
     return None if every_n_steps is None else RayVault(open_keeper(), every_n_steps)
+
+
+def _rejoining(cluster: ClusterConfig, training: TrainingConfig) -> Rejoining | None:
+    return Rejoining(open_rendezvous(), cluster.collective_timeout_s) if rejoins(cluster, training) else None
 
 
 def _named(cluster: ClusterConfig, training: TrainingConfig) -> ClusterConfig:
@@ -213,10 +220,11 @@ def _portable(data: Any, policy: BadDataPolicy) -> Any:
 
 
 def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchTrainer:
+    configure_torch = TorchConfig if job.rejoining is None else InPlaceConfig
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(
+        torch_config=configure_torch(
             backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo",
             timeout_s=math.ceil(cluster.collective_timeout_s),
         ),
@@ -232,7 +240,11 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             storage_filesystem=filesystem_for_ray(storage),
             failure_config=ray.train.FailureConfig(max_failures=-1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
-            callbacks=[FailureRecorder(storage, job.link, cluster.max_failures), GroupRecorder(job.link)],
+            callbacks=[
+                FailureRecorder(storage, job.link, cluster.max_failures),
+                GroupRecorder(job.link),
+                *([ReplacementGuard()] if job.rejoining is not None else []),
+            ],
         ),
     )
 

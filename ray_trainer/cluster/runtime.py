@@ -24,6 +24,7 @@ from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop, fence_on_all_ranks
 from ray_trainer.storage import Storage
 from ray_trainer.storage.lease import follow
+from ray_trainer.storage.snapshots import ProcessMemory
 
 
 class RayRuntime:
@@ -36,6 +37,7 @@ class RayRuntime:
         lease: int,
         vault: RayVault | None,
         hang: Terms | None,
+        survivor: ProcessMemory | None = None,
     ) -> None:
         """Take what the driver sent along.
 
@@ -45,11 +47,13 @@ class RayRuntime:
             lease: the driver's; this start of the workers claims the run on its behalf.
             vault: for snapshots in memory, if there are to be any.
             hang: when this worker counts as hung; None for never.
+            survivor: memory of this process, if a rank that dies is replaced alone.
         """
         self._context = ray.train.get_context().get_storage()  # DeveloperAPI: where Ray keeps this run
         self._storage = storage_of(self._context.storage_filesystem, self._context.experiment_fs_path)
         self._lease = lease
         self._vault = vault
+        self._survivor = survivor
         self._description = description
         self._link = WorkerLink(link if distributed.rank() == 0 else None)
         run = self._storage.path.rstrip("/").rpartition("/")[2]
@@ -72,6 +76,11 @@ class RayRuntime:
     def snapshots(self) -> RayVault | None:
         """See `Runtime`."""
         return self._vault
+
+    @property
+    def survivor(self) -> ProcessMemory | None:
+        """See `Runtime`."""
+        return self._survivor
 
     def __enter__(self) -> "RayRuntime":
         """Open the link. Collective."""

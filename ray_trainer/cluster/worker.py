@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 
 from ray_trainer import distributed
 from ray_trainer.cluster.events import final_error
+from ray_trainer.cluster.rejoin import Rejoining
 from ray_trainer.cluster.retries import note_place
 from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.cluster.vault import RayVault
@@ -23,6 +24,7 @@ from ray_trainer.errors import ConfigError, PreemptedError, RayTrainerError
 from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop
 from ray_trainer.seeding import set_random_seed
+from ray_trainer.storage.snapshots import ProcessMemory
 from ray_trainer.task import Experiment
 from ray_trainer.trainer import Trainer
 
@@ -43,6 +45,7 @@ class Job:
         lease: the driver's, on the run's directory; 0 where nothing is going to be written.
         hang: when a worker counts as hung; None for never.
         start_from: a checkpoint of another run, for as long as this one has none of its own.
+        rejoining: how workers find each other again; None if all are started again when one dies.
     """
 
     experiment: Experiment
@@ -56,6 +59,7 @@ class Job:
     lease: int
     hang: Terms | None
     start_from: str | None = None
+    rejoining: Rejoining | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,18 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
-    runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang)
+    datasets = {name: _open(data) for name, data in job.datasets.items()}
+    if job.rejoining is None:
+        return _train(job, datasets, survivor=None)
+    return job.rejoining.run(lambda memory: _train(job, datasets, memory))
+
+
+def _train(job: Job, datasets: dict[str, Any], survivor: ProcessMemory | None) -> Outcome:
+    runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang, survivor)
     trainer: Trainer | None = None
     try:
         trainer = _build_trainer(job, runtime)
-        train, val = (_open(job.datasets.get(name)) for name in ("train", "val"))
-        results = trainer.train(train, val, resume_from=_origin(trainer, job))
+        results = trainer.train(datasets["train"], datasets.get("val"), resume_from=_origin(trainer, job))
     except RayTrainerError as error:
         if _is_known_to_all(error) and final_error(error) is not None:
             return Outcome(results=None, error=error, stop=Stop.NONE)

@@ -1,6 +1,6 @@
 """Sums and counts over the steps of an epoch and of a logging interval, exact wherever they are read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,20 +46,25 @@ class MetricSums:
         not be changed. All ranks append for the same steps.
         """
 
+    def add(self, row: Iterable[float]) -> None:
+        """Add one step's values over all ranks, which were added up in rank order, in float64."""
+        values = list(row)
+        self.epoch = _added(self.epoch, values)
+        self._interval = _added(self._interval, values)
+        self.epoch_steps += 1
+        self.interval_steps += 1
+
     def flush(self) -> None:
         """Add the pending steps to the totals; the only wait for the device. Collective."""
         if not self._pending:
             return
-        ranks = self._gather(_stack(self._pending))
+        ranks = self._gather(stacked(self._pending))
         self._pending.clear()
         rows = ranks[0]
         for rank_rows in ranks[1:]:
             rows = rows + rank_rows
         for row in rows.tolist():
-            self.epoch = _added(self.epoch, row)
-            self._interval = _added(self._interval, row)
-        self.epoch_steps += len(rows)
-        self.interval_steps += len(rows)
+            self.add(row)
 
     def take_interval(self) -> tuple[float, ...]:
         """The totals since the last call, pending steps included; starts a new interval. Collective."""
@@ -111,7 +116,7 @@ class MetricSums:
         self.interval_steps = state_dict["interval_steps"]
 
 
-def _stack(rows: list[tuple[Number, ...]]) -> Tensor:
+def stacked(rows: Sequence[tuple[Number, ...]]) -> Tensor:
     """All rows as ``(n, k)`` in float64 on the CPU, with one copy from the device a column."""
     return torch.stack([_column(column) for column in zip(*rows, strict=True)], dim=1)
 

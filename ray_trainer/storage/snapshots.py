@@ -1,7 +1,7 @@
 """A memory beside storage that keeps the newest snapshot of a run."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,3 +47,33 @@ class SnapshotStore(Protocol):
 
     def content(self, part: SnapshotPart) -> NDArray[np.uint8]:
         """The bytes of a part."""
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A snapshot of the whole state by one rank.
+
+    Attributes:
+        part: the only one.
+        content: its bytes.
+        carried: what was known beside the state; plain.
+        own: what this rank alone has; None on one that was given the snapshot.
+    """
+
+    part: SnapshotPart
+    content: NDArray[np.uint8]
+    carried: Any
+    own: dict[str, Any] | None
+
+
+@dataclass
+class ProcessMemory:
+    """What a process keeps from a run that broke, for the next one in the same process.
+
+    Attributes:
+        kept: its state, if it was whole.
+        story: when it was lost and how the ranks found together again; plain.
+    """
+
+    kept: KeptState | None = None
+    story: dict[str, Any] = field(default_factory=dict)

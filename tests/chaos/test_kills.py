@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster_runs import (
@@ -15,50 +14,16 @@ from cluster_runs import (
     step_of,
     training,
     whole_lines,
-    write_run_file,
 )
+from digits_run import EPOCHS, KILL_AT_STEP, STEPS_AN_EPOCH, digits
 from experiments import events
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
-
-DIGITS = Path(__file__).parents[2] / "examples" / "digits.py"
-STEPS_AN_EPOCH, EPOCHS = 45, 6  # 1,437 images, 32 a step
-KILL_AT_STEP = 50  # after the checkpoint of step 40, in the second epoch
 
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     return digits(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with training(digits(tmp_path_factory.mktemp("undisturbed"))) as command:
-        assert command.wait() == 0, command.output
-        assert "Traceback" not in command.output
-    assert step_of(newest_checkpoint(command.run_dir)) == STEPS_AN_EPOCH * EPOCHS
-    return command.run_dir
-
-
-def digits(directory: Path, save_every: int = 20, **cluster: Any) -> Path:
-    """The example, logged at each step and saved in the middle of epochs only."""
-    return write_run_file(
-        directory / "digits.yaml",
-        experiment=f"{DIGITS}:experiment",
-        model={"width": 32},
-        training={
-            "epochs": EPOCHS,
-            "batch_size": 16,
-            "learning_rate": 2e-3,
-            "lr_scheduler_type": "cosine",
-            "monitor": "val_accuracy",
-            "mode": "max",
-            "save_every_n_epochs": None,
-            "save_every_n_steps": save_every,
-            "log_every_n_steps": 1,
-        },
-        cluster={"num_workers": 2, "name": "digits", "storage_path": str(directory), "max_failures": 3, **cluster},
-    )
 
 
 def finish(run_file: Path) -> Command:
@@ -84,8 +49,8 @@ def assert_resumed_within_an_epoch(run_dir: Path, times: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(run_file, undisturbed, rank):
-    with training(run_file) as command:
+def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(tmp_path, undisturbed, rank):
+    with training(digits(tmp_path, in_job_recovery=False)) as command:
         with command.held_at(KILL_AT_STEP):
             kill(command.worker_pid(rank))
         assert command.wait() == 0, command.output
@@ -153,7 +118,7 @@ def test_loss_of_the_link_to_the_driver_does_not_touch_the_run(run_file, undistu
 
 
 def test_workers_go_on_from_memory_and_from_storage_once_memory_is_lost(tmp_path, undisturbed):
-    with training(digits(tmp_path, save_every=40, snapshot_every_n_steps=5)) as command:
+    with training(digits(tmp_path, save_every=40, snapshot_every_n_steps=5, in_job_recovery=False)) as command:
         with command.held_at(58):
             kill(command.worker_pid(1))
             killed_at = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]

@@ -1,0 +1,151 @@
+"""The state of a process that is still there when another rank is lost: the cheapest source to go on from.
+
+It has the files of a checkpoint, as a snapshot in memory has them, and is read by the same code. So a run that goes
+on from it is a run that was resumed.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_trainer import distributed
+from ray_trainer.checkpoint.agreement import on_all_ranks
+from ray_trainer.checkpoint.catalog import CheckpointRecord
+from ray_trainer.checkpoint.commit import draft
+from ray_trainer.checkpoint.layout import pack_state
+from ray_trainer.checkpoint.manager import CheckpointManager
+from ray_trainer.checkpoint.manifest import CheckpointMeta
+from ray_trainer.checkpoint.memory import lay_out, load_held, with_checksums
+from ray_trainer.checkpoint.restore import Carried, LoadedCheckpoint
+from ray_trainer.checkpoint.tiers import Tier
+from ray_trainer.errors import CheckpointError
+from ray_trainer.storage.snapshots import KeptState, ProcessMemory, SnapshotPart
+
+logger = logging.getLogger(__name__)
+
+
+class SurvivorTier:
+    """What this process knows of a run that broke, and what the others do.
+
+    Args:
+        memory: of this process.
+    """
+
+    def __init__(self, memory: ProcessMemory) -> None:
+        self._memory = memory
+
+    def keep(
+        self,
+        state: Mapping[str, Any],
+        own: dict[str, Any],
+        meta: CheckpointMeta,
+        carried: Carried,
+        manager: CheckpointManager,
+    ) -> None:
+        """Copy the state of the last completed step: the run is broken, and its parts will go.
+
+        Args:
+            state: equal on all ranks but for what is this rank's own.
+            own: what this rank alone has.
+            meta: where in the run this is.
+            carried: what is known beside the state.
+            manager: of the run's checkpoints.
+        """
+        try:
+            images = pack_state(state)
+        except CheckpointError as error:
+            logger.warning("The state of step %d can't be kept: %s", meta.step, error)
+            return
+        places, size_bytes = lay_out(images)
+        memory = torch.empty(size_bytes, dtype=torch.uint8)
+        for image, place in zip(images, places, strict=True):
+            image.copy_to(memory[place.offset : place.offset + place.size_bytes])
+        content = memory.numpy()
+        header = draft(meta, manager.policy, manager.storage.fence.epoch).to_bytes()
+        files = with_checksums(content, places)
+        part = SnapshotPart((meta.attempt, meta.step), distributed.rank(), 1, header, files)
+        self._memory.kept = KeptState(part, content, asdict(carried), own)
+
+    def restore(self) -> LoadedCheckpoint | None:
+        """Load the state of the rank that has completed the most steps; None if no rank has any. Collective.
+
+        Until `release`, every rank keeps what it was given: the one that had it may be the next to be lost.
+        """
+        started_s = time.perf_counter()
+        steps = distributed.gather_objects(self._step())
+        if max(steps) < 0:
+            return None
+        source = steps.index(max(steps))
+        kept = self._share(source, steps[distributed.rank()] == max(steps))
+        loaded: LoadedCheckpoint | None = None
+
+        def load() -> None:
+            nonlocal loaded
+            loaded = load_held(_Content(kept.content), [kept.part])
+
+        try:
+            on_all_ranks(load)
+        except CheckpointError as error:
+            self.release()
+            logger.warning("The state of rank %d can't be used: %s", source, error)
+            return None
+        assert loaded is not None  # on_all_ranks would have raised
+        story = _story(distributed.gather_objects(self._memory.story), time.perf_counter() - started_s)
+        name = f"step {kept.part.key[1]} of the worker with rank {kept.part.rank}"
+        return replace(
+            loaded,
+            rank_state=kept.own,
+            record=CheckpointRecord.of(name, f"memory:{name}", loaded.manifest),
+            tier=Tier.SURVIVOR,
+            carried=Carried(**{**kept.carried, "story": story}),
+        )
+
+    def release(self) -> None:
+        """Forget the state: it is in use again, or obsolete."""
+        self._memory.kept = None
+
+    def _step(self) -> int:
+        return -1 if self._memory.kept is None else self._memory.kept.part.key[1]
+
+    def _share(self, source: int, is_up_to_date: bool) -> KeptState:
+        """What the source keeps, on all ranks; a rank at the same step has still what is its own."""
+        mine = self._memory.kept
+        is_source = distributed.rank() == source
+        header = (mine.part, mine.carried, len(mine.content)) if mine is not None and is_source else None
+        shared = distributed.broadcast_object(header, source)
+        assert shared is not None  # the source has it
+        part, carried, size_bytes = shared
+        content = mine.content if mine is not None and is_source else np.empty(size_bytes, dtype=np.uint8)
+        distributed.broadcast_bytes(torch.from_numpy(content), source)
+        own = mine.own if mine is not None and is_up_to_date else None
+        self._memory.kept = KeptState(part, content, carried, own)
+        return self._memory.kept
+
+
+class _Content:
+    """The bytes of the only part of a snapshot."""
+
+    def __init__(self, content: NDArray[np.uint8]) -> None:
+        self._content = content
+
+    def content(self, part: SnapshotPart) -> NDArray[np.uint8]:
+        """See `memory.Contents`."""
+        return self._content
+
+
+def _story(of_ranks: list[dict[str, Any]], state_s: float) -> dict[str, Any]:
+    """When the first rank noticed the loss and what took how long; the last rank counts in each phase."""
+    noticed = min((story["noticed_at"] for story in of_ranks if story.get("noticed_at")), default=None)
+    joined = max((story["joined_at"] for story in of_ranks if "joined_at" in story), default=None)
+    formed = max((story["formed_at"] for story in of_ranks if "formed_at" in story), default=None)
+    told: dict[str, Any] = {"generation": max((story.get("generation", 0) for story in of_ranks), default=0)}
+    told["replaced"] = [rank for rank, story in enumerate(of_ranks) if not story.get("noticed_at")]
+    if noticed is not None and joined is not None and formed is not None:
+        told |= {"noticed_at": noticed, "waited_s": joined - noticed, "group_s": formed - joined}
+    return told | {"state_s": state_s}

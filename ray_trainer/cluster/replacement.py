@@ -1,0 +1,101 @@
+"""Ray Train replaces a worker that died and leaves the others alone: all that rests on what it has for itself only.
+
+Since 2.56 or so, a `Backend` whose ``has_replica_groups`` is set makes Ray's controller replace the worker that failed
+in its place, instead of starting all of them again; torchft is what it was made for. None of it is documented. A
+worker group of which every worker failed is started again as a whole.
+"""
+
+import inspect
+import logging
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.train.backend import Backend, BackendConfig
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+_ANSWERS_WITHIN_S = 30.0
+
+
+class InPlaceBackend(Backend):
+    """Workers that find each other on their own, at the start and after each replacement."""
+
+    has_replica_groups = True
+
+
+class InPlaceConfig(TorchConfig):
+    """What makes a `TorchTrainer` replace workers one by one."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """See `BackendConfig`."""
+        return InPlaceBackend
+
+
+class ReplacementGuard(WorkerGroupCallback):
+    """Runs in Ray's controller: lets a worker be replaced while another one is dead or hangs.
+
+    By itself Ray 2.60 asks every other worker to forget its reports, and waits for the answers. One that has died as
+    well then ends the run, whatever ``max_failures`` says, and one that hangs stops the controller for good.
+    """
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Called by Ray at each start of workers."""
+        replace = worker_group.replace_replica_group
+
+        def replace_guarded(index: int) -> None:
+            for attempt in range(1, _ATTEMPTS + 1):
+                for place, group in enumerate(worker_group.get_replica_groups()):
+                    if place != index and group.is_active() and not all(map(_answers, group.get_workers())):
+                        group.shutdown()  # it is replaced in its turn, once Ray has seen that it failed
+                try:
+                    replace(index)
+                except ray.exceptions.RayActorError as error:  # one has died since
+                    logger.warning("Rank %d could not be replaced: %s", index, error)
+                    if attempt == _ATTEMPTS:
+                        raise
+                else:
+                    return
+
+        worker_group.replace_replica_group = replace_guarded
+
+
+def _answers(worker: Any) -> bool:
+    actor: ActorHandle = worker.actor
+    try:
+        ray.get(actor.get_metadata.remote(), timeout=_ANSWERS_WITHIN_S)
+    except ray.exceptions.RayError:
+        return False
+    return True
+
+
+def missing_interface() -> str | None:
+    """What this Ray lacks of what replacing single workers needs; None if nothing."""
+    if not hasattr(Backend, "has_replica_groups") or not hasattr(BackendConfig, "backend_cls"):
+        return "ray.train.backend.Backend has no has_replica_groups"
+    try:
+        from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
+        from ray.train.v2._internal.execution.controller import TrainController
+        from ray.train.v2._internal.execution.worker_group import WorkerGroup
+        from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
+        from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+    except ImportError as error:
+        return str(error)
+    needed = (
+        (TrainController, "_replace_bad_workers"),
+        (WorkerGroup, "replace_replica_group"),
+        (WorkerGroup, "get_replica_groups"),
+        (ReplicaGroup, "is_active"),
+        (ReplicaGroup, "shutdown"),
+        (RayTrainWorker, "get_metadata"),
+        (RayTrainWorker, "clear_result_queue"),
+        (SynchronizationActor.__ray_metadata__.modified_class, "reset"),
+    )
+    for owner, name in needed:
+        if not inspect.isfunction(getattr(owner, name, None)):
+            return f"{owner.__name__} has no {name}"
+    return None

@@ -1,0 +1,96 @@
+"""A worker that is killed is replaced alone: the others stay, no step is lost or done twice, whatever comes next."""
+
+from pathlib import Path
+
+import mortal_experiment
+import pytest
+import ray
+from cluster_runs import Command, assert_same_run, kill, ray_of_two_cpus, training, whole_lines
+from digits_run import KILL_AT_STEP, digits
+from experiments import events
+from mortal_experiment import LAST_STEP, experiment_of
+
+from ray_trainer import TrainingConfig
+from ray_trainer.cluster import ClusterConfig, fit
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
+
+ray.cloudpickle.register_pickle_by_value(mortal_experiment)  # workers cannot import it
+
+
+def newest_row(command: Command) -> int:
+    return int(whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"])
+
+
+def wait_for_attempt(command: Command, attempt: int) -> None:
+    """Until a run goes on after its failures."""
+
+    def has_resumed() -> bool | None:
+        seen = [row["attempt"] for row in whole_lines(command.run_dir / "events.jsonl") if row["event"] == "resumed"]
+        return attempt in seen or None
+
+    command.until(has_resumed, f"attempt {attempt}")
+
+
+def test_each_rank_killed_in_turn_and_then_all_ends_as_the_undisturbed_run(tmp_path: Path, undisturbed: Path) -> None:
+    with training(digits(tmp_path, max_failures=9)) as command:
+        command.wait_for_step(KILL_AT_STEP)
+        kill(command.worker_pid(1))
+        first_killed_at = newest_row(command)
+        wait_for_attempt(command, 2)
+        survivor = command.worker_pid(0)
+        command.wait_for_step(first_killed_at + 20)
+        kill(survivor)
+        second_killed_at = newest_row(command)
+        wait_for_attempt(command, 3)
+        command.wait_for_step(second_killed_at + 20)
+        for pid in [command.worker_pid(0), command.worker_pid(1)]:
+            kill(pid)
+        assert command.wait() == 0, command.output
+        assert "Traceback" not in command.output
+
+    first, second, third = events(command.run_dir, "resumed")
+    assert [event["tier"] for event in (first, second, third)] == ["survivor", "survivor", "storage"]
+    assert first["step"] - first_killed_at in (0, 1)
+    assert second["step"] - second_killed_at in (0, 1)
+    assert [event["replaced"] for event in events(command.run_dir, "rejoined")] == [[1], [0]]
+    assert_same_run(undisturbed, command.run_dir)
+
+
+def fit_with_deaths(directory: Path, *deaths: str) -> Path:
+    """The directory of a run of three workers in which each of these deaths came true."""
+    graves = directory / "graves"
+    graves.mkdir(parents=True)
+    for death in deaths:
+        (graves / death).touch()
+    training = TrainingConfig(epochs=3, batch_size=5, log_every_n_steps=4, save_every_n_steps=5, tensorboard=False)
+    cluster = ClusterConfig(
+        num_workers=3,
+        resources_per_worker={"CPU": 0.5},
+        name="mortal",
+        storage_path=str(directory),
+        max_failures=20,
+    )
+    result = fit(experiment_of(), training, cluster, {"graves": str(graves)})
+    assert list(graves.iterdir()) == []
+    return Path(result.run_dir)
+
+
+def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_path: Path) -> None:
+    with ray_of_two_cpus():
+        whole = fit_with_deaths(tmp_path / "whole")
+        struck = fit_with_deaths(
+            tmp_path / "struck",
+            "in_forward_3-rank0",  # the others wait for its gradients
+            "in_restore-rank0",  # the newcomer, once it has the state of a survivor
+            "in_restore-rank1",  # and one of the two survivors: what the third has must be enough
+            "after_step_4-rank1",
+            "after_validation-rank0",
+            "at_the_end_of_epoch_1-rank2",
+            "at_the_end-rank0",  # the others are done, and come back for it
+        )
+
+    resumed = events(struck, "resumed")
+    assert [event["step"] for event in resumed] == [2, 4, 6, 12, LAST_STEP]
+    assert [event["tier"] for event in resumed] == ["survivor"] * 4 + ["storage"]
+    assert_same_run(whole, struck)
