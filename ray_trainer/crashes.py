@@ -173,9 +173,9 @@ class Crashes:
             place = (event["epoch"], event["step_in_epoch"], event["step"])
             attempts.update((*place, row) for row in set(event["samples"]))
         twice: dict[tuple[int, int, int], list[int]] = {}
-        for (*place, row), times in sorted(attempts.items()):
+        for (epoch, step_in_epoch, step, row), times in sorted(attempts.items()):
             if times >= 2:
-                twice.setdefault((place[0], place[1], place[2]), []).append(row)
+                twice.setdefault((epoch, step_in_epoch, step), []).append(row)
         self._refuse_too_many({row for rows in twice.values() for row in rows})
         for (epoch, step_in_epoch, step), rows in twice.items():
             logger.warning("%d samples are left out from step %d on: training failed there twice.", len(rows), step)

@@ -58,7 +58,7 @@ class SurvivorTier:
             manager: of the run's checkpoints.
         """
         try:
-            images = pack_state(state)
+            images = pack_state(state).images
         except CheckpointError as error:
             logger.warning("The state of step %d can't be kept: %s", meta.step, error)
             return

@@ -52,13 +52,15 @@ class FailureRecorder(UserCallback):
         run: the run's directory, fenced.
         link: to the driver.
         max_failures: in a row, during which training got no further; -1 for any number.
+        leaves_out: a batch that fails twice is left out from then on, so that failing twice is no reason to end.
     """
 
-    def __init__(self, run: Storage, link: ActorHandle, max_failures: int) -> None:
+    def __init__(self, run: Storage, link: ActorHandle, max_failures: int, leaves_out: bool = False) -> None:
         self._run = run
         self._link = link
         self._told_until = time.time()
         self._retries = Retries(max_failures)
+        self._leaves_out = leaves_out
         self._places: dict[Place, BaseException] = {}
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -80,7 +82,7 @@ class FailureRecorder(UserCallback):
         """Why the run will fail again, if it will."""
         before, self._places = self._places, places(errors)
         again = next((error for place, error in self._places.items() if place in before), None)
-        if again is not None:
+        if again is not None and not self._leaves_out:
             traceback, step = again.__notes__[-2:]
             return RepeatedFailureError(
                 f"{traceback.rstrip()}\n\nThis came twice at the same place, {step}, so it would come after every "

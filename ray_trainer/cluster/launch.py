@@ -241,7 +241,7 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             failure_config=ray.train.FailureConfig(max_failures=-1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
             callbacks=[
-                FailureRecorder(storage, job.link, cluster.max_failures),
+                FailureRecorder(storage, job.link, cluster.max_failures, job.training.on_bad_data == "quarantine"),
                 GroupRecorder(job.link),
                 *([ReplacementGuard()] if job.rejoining is not None else []),
             ],
