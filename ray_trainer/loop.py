@@ -247,7 +247,7 @@ class RunningStatistics:
 
     Args:
         model: whose layers they belong to.
-        keeps_others: remember the model's other buffers as well, once one of them has changed, for `undo`.
+        keeps_others: remember the model's other buffers as well, for `undo`.
     """
 
     def __init__(self, model: nn.Module, keeps_others: bool = False) -> None:
@@ -257,18 +257,15 @@ class RunningStatistics:
         known = {id(buffer) for buffer in self._live}
         self._model = model
         self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
-        self._versions: list[int] = []
-        self._keeps_others = keeps_others
-        self._saved_others: list[torch.Tensor] = []
+        self._versions = [buffer._version for buffer in self._others]
+        self._saved_others = [buffer.clone() for buffer in self._others] if keeps_others else []
 
     def remember(self) -> None:
         """Keep the values of this moment."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
-        if self._saved_others:
+        if self._saved_others and not self.are_untouched():
             torch._foreach_copy_(self._saved_others, self._others)
-        elif self._keeps_others and self._versions and not self.are_untouched():
-            self._saved_others = [buffer.clone() for buffer in self._others]
         self._versions = [buffer._version for buffer in self._others]
 
     def are_complete(self) -> bool:
