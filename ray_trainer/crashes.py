@@ -101,15 +101,18 @@ class Crashes:
 
     def enter(self, micro_batch: int) -> None:
         """The forward pass of a micro-batch begins."""
-        self._mark(micro_batch, _FORWARD)
+        if self._source is not None:
+            self._mark(micro_batch, _FORWARD)
 
     def enter_backward(self, micro_batch: int) -> None:
         """Its backward pass begins, in which ranks wait for each other."""
-        self._mark(micro_batch, _BACKWARD)
+        if self._source is not None:
+            self._mark(micro_batch, _BACKWARD)
 
     def leave(self) -> None:
         """All passes of the step are done."""
-        self._mark(0, _NOWHERE)
+        if self._source is not None:
+            self._mark(0, _NOWHERE)
 
     def failed(self, error: BaseException) -> None:
         """Keep that the pass in progress raised, unless another rank or a shortage of memory is to blame."""
@@ -129,8 +132,6 @@ class Crashes:
             self._file = None
 
     def _mark(self, micro_batch: int, phase: int) -> None:
-        if self._source is None:
-            return
         self._place = (micro_batch, phase)
         if self._file is not None:
             _FORM.pack_into(self._file, 0, *self._mark_of(micro_batch, phase))
@@ -173,9 +174,9 @@ class Crashes:
             place = (event["epoch"], event["step_in_epoch"], event["step"])
             attempts.update((*place, row) for row in set(event["samples"]))
         twice: dict[tuple[int, int, int], list[int]] = {}
-        for (*place, row), times in sorted(attempts.items()):
+        for (epoch, step_in_epoch, step, row), times in sorted(attempts.items()):
             if times >= 2:
-                twice.setdefault((place[0], place[1], place[2]), []).append(row)
+                twice.setdefault((epoch, step_in_epoch, step), []).append(row)
         self._refuse_too_many({row for rows in twice.values() for row in rows})
         for (epoch, step_in_epoch, step), rows in twice.items():
             logger.warning("%d samples are left out from step %d on: training failed there twice.", len(rows), step)

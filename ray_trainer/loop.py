@@ -91,6 +91,7 @@ class TrainingLoop:
         self._saving_to = saving_to
         self._may_retry = may_retry
         self._watch = watch
+        self._needs_loss = monitor.needs_loss
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model)
@@ -137,7 +138,7 @@ class TrainingLoop:
             raise
 
         local_count = sum(float(result.loss.count) for result in results)
-        local_loss = sum(float(r.loss.sum.detach()) for r in results) if self._monitor.needs_loss else 0.0
+        local_loss = sum(float(r.loss.sum.detach()) for r in results) if self._needs_loss else 0.0
         count, num_samples, seconds, loss = self._agree(local_count, step_batch.num_samples, local_loss)
         mean_count = count / self._world_size  # the exchange of gradients has averaged the sums of the ranks
         norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
@@ -197,9 +198,11 @@ class TrainingLoop:
 
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
+        batches, parts = step_batch.micro_batches, None
         pieces = self._progress.pieces_now if step_batch.num_samples else 1
-        parts = [cut(micro_batch, pieces) for micro_batch in step_batch.micro_batches]
-        batches = [piece for part in parts for piece in part]
+        if pieces > 1:
+            parts = [cut(micro_batch, pieces) for micro_batch in batches]
+            batches = [piece for part in parts for piece in part]
         self._processed = batches[0]
         num_real = len(batches) if step_batch.num_samples else 0
         *earlier, last = self._forward.begin_step(batches)
@@ -209,8 +212,10 @@ class TrainingLoop:
                 results.append(self._forward_and_backward(micro_batch, len(results), num_real))
         results.append(self._forward_and_backward(last, len(results), num_real))
         self._watch.leave()
-        losses = iter([result.loss for result in results])
-        self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
+        self.batch_losses = [result.loss for result in results[: len(batches)]]
+        if parts is not None:
+            losses = iter(self.batch_losses)
+            self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
         return results
 
     def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
@@ -277,8 +282,6 @@ class TrainingLoop:
 
 def _joined(losses: list[LossResult]) -> LossResult:
     """The loss of a micro-batch that was processed in pieces."""
-    if len(losses) == 1:
-        return losses[0]
     return LossResult(sum(loss.sum for loss in losses[1:]) + losses[0].sum, sum(loss.count for loss in losses))
 
 
