@@ -93,38 +93,3 @@ def _without_reduction(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         fsdp.set_gradient_sync(model, True)
-
-
-class RunningStatistics:
-    """The running means and variances of normalisation layers, as they were before the step.
-
-    A forward pass changes them, so a step that is not carried out must put them back: a batch with a NaN
-    would stay in them for ever.
-
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._live = [buffer for layer in layers for buffer in layer.buffers()]
-        self._saved = [buffer.clone() for buffer in self._live]
-        known = {id(buffer) for buffer in self._live}
-        self._model = model
-        self._others = [buffer for buffer in model.buffers() if id(buffer) not in known]
-        self._versions: list[int] = []
-
-    def remember(self) -> None:
-        """Keep the values of this moment."""
-        if self._live:
-            torch._foreach_copy_(self._saved, self._live)
-        self._versions = [buffer._version for buffer in self._others]
-
-    def are_complete(self) -> bool:
-        """Whether no other buffer of the model was written or replaced since."""
-        there = {id(buffer) for buffer in self._model.buffers()}
-        is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and self._versions == [buffer._version for buffer in self._others]
-
-    def put_back(self) -> None:
-        """Return to the values that were kept."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._saved)
