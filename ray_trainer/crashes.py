@@ -159,7 +159,7 @@ class Crashes:
         if not storage.is_local:
             return
         marks = [_FORM.unpack(path.read_bytes()[: _FORM.size]) for path in _files(storage.local_path(_FOLDER))]
-        dead = [mark for mark in map(Mark._make, marks) if mark.phase != _NOWHERE]
+        dead = [mark for mark in map(Mark._make, marks) if mark.phase != _NOWHERE and self._journal.attempt > 1]
         told = {event["failed_attempt"] for event in read_events(storage) if event["event"] == _FAILED}
         first = min((mark.phase for mark in dead), default=_FORWARD)  # those in the backward pass may have waited
         for mark in dead:
