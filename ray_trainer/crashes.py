@@ -101,15 +101,18 @@ class Crashes:
 
     def enter(self, micro_batch: int) -> None:
         """The forward pass of a micro-batch begins."""
-        self._mark(micro_batch, _FORWARD)
+        if self._source is not None:
+            self._mark(micro_batch, _FORWARD)
 
     def enter_backward(self, micro_batch: int) -> None:
         """Its backward pass begins, in which ranks wait for each other."""
-        self._mark(micro_batch, _BACKWARD)
+        if self._source is not None:
+            self._mark(micro_batch, _BACKWARD)
 
     def leave(self) -> None:
         """All passes of the step are done."""
-        self._mark(0, _NOWHERE)
+        if self._source is not None:
+            self._mark(0, _NOWHERE)
 
     def failed(self, error: BaseException) -> None:
         """Keep that the pass in progress raised, unless another rank or a shortage of memory is to blame."""
@@ -129,8 +132,6 @@ class Crashes:
             self._file = None
 
     def _mark(self, micro_batch: int, phase: int) -> None:
-        if self._source is None:
-            return
         self._place = (micro_batch, phase)
         if self._file is not None:
             _FORM.pack_into(self._file, 0, *self._mark_of(micro_batch, phase))
@@ -158,7 +159,7 @@ class Crashes:
         if not storage.is_local:
             return
         marks = [_FORM.unpack(path.read_bytes()[: _FORM.size]) for path in _files(storage.local_path(_FOLDER))]
-        dead = [mark for mark in map(Mark._make, marks) if mark.phase != _NOWHERE]
+        dead = [mark for mark in map(Mark._make, marks) if mark.phase != _NOWHERE and self._journal.attempt > 1]
         told = {event["failed_attempt"] for event in read_events(storage) if event["event"] == _FAILED}
         first = min((mark.phase for mark in dead), default=_FORWARD)  # those in the backward pass may have waited
         for mark in dead:

@@ -89,6 +89,7 @@ class TrainingLoop:
         self._exchange = StepExchange(runtime, saving_to)
         self._may_retry = may_retry
         self._watch = watch
+        self._needs_loss = monitor.needs_loss
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
         self._statistics = RunningStatistics(forward.model, keeps_others=runtime.survivor is not None)
@@ -203,9 +204,11 @@ class TrainingLoop:
 
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
+        batches, parts = step_batch.micro_batches, None
         pieces = self._progress.pieces_now if step_batch.num_samples else 1
-        parts = [cut(micro_batch, pieces) for micro_batch in step_batch.micro_batches]
-        batches = [piece for part in parts for piece in part]
+        if pieces > 1:
+            parts = [cut(micro_batch, pieces) for micro_batch in batches]
+            batches = [piece for part in parts for piece in part]
         self._processed = batches[0]
         num_real = len(batches) if step_batch.num_samples else 0
         *earlier, last = self._forward.begin_step(batches)
@@ -215,8 +218,10 @@ class TrainingLoop:
                 results.append(self._forward_and_backward(micro_batch, len(results), num_real))
         results.append(self._forward_and_backward(last, len(results), num_real))
         self._watch.leave()
-        losses = iter([result.loss for result in results])
-        self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
+        self.batch_losses = [result.loss for result in results[: len(batches)]]
+        if parts is not None:
+            losses = iter(self.batch_losses)
+            self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
         return results
 
     def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
@@ -243,7 +248,7 @@ class TrainingLoop:
         well: each rank then has all there is.
         """
         count = sum(float(result.loss.count) for result in results)
-        loss = sum(float(result.loss.sum.detach()) for result in results) if self._monitor.needs_loss else 0.0
+        loss = sum(float(result.loss.sum.detach()) for result in results) if self._needs_loss else 0.0
         shared = [not self._statistics.are_untouched(), *stacked([row])[0].tolist()] if self._is_replicated else []
         agreed = self._exchange.agree(count, num_samples, loss, shared)
         pulse.beat(Phase.UPDATE)
@@ -285,8 +290,6 @@ class TrainingLoop:
 
 def _joined(losses: list[LossResult]) -> LossResult:
     """The loss of a micro-batch that was processed in pieces."""
-    if len(losses) == 1:
-        return losses[0]
     return LossResult(sum(loss.sum for loss in losses[1:]) + losses[0].sum, sum(loss.count for loss in losses))
 
 

@@ -52,6 +52,8 @@ class Progress:
     @property
     def pieces_now(self) -> int:
         """In how many pieces the next step processes a micro-batch."""
+        if not self.pieces:
+            return 1
         return max((pieces for step, pieces in self.pieces if step <= self.step + 1), default=1)
 
     @property

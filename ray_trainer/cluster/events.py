@@ -167,6 +167,10 @@ def tell(event: Mapping[str, Any]) -> str | None:
             return f"rank {rank} is slow: {ratio:.1f} times the others, mostly in {phase}"
         case {"event": "step_skipped", "step": step, "gradient_norm": norm}:
             return f"step {step} was skipped: its gradient norm is {norm}"
+        case {"event": "batch_quarantined", "step": step, "samples": samples}:
+            return f"{len(samples)} samples are left out from step {step} on: training failed at them twice"
+        case {"event": "out_of_memory", "step": step, "rank": rank, "samples_at_once": count}:
+            return f"out of memory in step {step} on rank {rank}: from there on {count} samples are processed at once"
         case {"event": "rolled_back", "step": step, "to_step": target, "reason": reason}:
             return f"back from step {step} to the state of step {target}: {reason}"
         case {"event": "corruption", "step": step, "ranks": ranks, "tensors": tensors}:

@@ -118,7 +118,8 @@ class TrainingConfig(Section):
     the new data, "continue" goes on at the same place of its new order."""
     on_bad_data: Literal["refuse", "quarantine", "keep"] = "refuse"
     """What is done with rows that hold NaN, infinity or a missing number, and with files that cannot be read:
-    "quarantine" leaves them out, "keep" does not look."""
+    "quarantine" leaves them out, and so it does with samples at which training has failed twice; "keep" does not
+    look."""
     max_bad_ratio: Ratio = 0.01
     """Part of the rows, or of the files, above which bad ones are refused rather than left out."""
     limit_train_batches: Count | None = None

@@ -98,8 +98,11 @@ class GradientAccumulator:
         """
         if self._scaler is not None:
             loss_sum = self._scaler.scale(loss_sum / self._loss_divisor)
-        one = loss_sum.detach() * 0 + 1  # NaN for such a loss
-        loss_sum.backward(one)  # type: ignore[no-untyped-call]
+        if loss_sum.is_cpu and math.isfinite(loss_sum.item()):  # no device to wait for, and quicker than the way below
+            loss_sum.backward()  # type: ignore[no-untyped-call]
+        else:
+            one = torch.rsub(loss_sum.detach(), 1, alpha=0)  # 1 - 0 * loss, which is NaN for such a loss
+            loss_sum.backward(one)  # type: ignore[no-untyped-call]
         self._pending_micro_batches += 1
 
     def norm(self, total_count: float) -> Tensor:

@@ -1,9 +1,12 @@
 """Batches at which training fails twice are left out from then on."""
 
+import struct
+
 import numpy as np
 import pytest
 from experiments import assert_same, carry_out, events, prepare
 
+from ray_trainer.crashes import Mark
 from ray_trainer.data.crashing import CrashingSamples, without
 from ray_trainer.data.deal import Share
 from ray_trainer.errors import DataError
@@ -114,3 +117,13 @@ def test_samples_are_left_out_from_their_step_on_only():
     before, after = without(iter(shares), [CrashingSamples(2, 7, np.array([5]))], epoch=2, start=6, num_rows=8)
 
     assert [before.micro_batches[0].tolist(), after.micro_batches[0].tolist()] == [[4, 5], [4]]
+
+
+def test_mark_of_an_earlier_run_in_the_same_directory_says_nothing_of_a_fresh_one(tmp_path):
+    mark = Mark(attempt=4, epoch=0, step_in_epoch=1, step=1, world_size=1, rank=0, micro_batch=0, phase=1)
+    (tmp_path / ".steps").mkdir()
+    (tmp_path / ".steps" / "rank_00000").write_bytes(struct.pack("<8q", *mark))
+
+    carry_out(start(tmp_path, bad=-1, epochs=1), resume_from=None)
+
+    assert events(tmp_path, "batch_failed") == []
