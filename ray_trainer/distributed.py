@@ -157,5 +157,5 @@ def wrap_model(model: nn.Module, device: torch.device, broadcasts_buffers: bool 
     if world_size() == 1:
         return model
     on_gpu = device.type == "cuda"
-    options = {} if broadcasts_buffers else {_BUFFERS_OPTION: False}
+    options: dict[str, Any] = {} if broadcasts_buffers else {_BUFFERS_OPTION: False}
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if on_gpu else None, **options)
