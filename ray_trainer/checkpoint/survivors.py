@@ -92,7 +92,7 @@ class SurvivorTier:
         try:
             on_all_ranks(load)
         except CheckpointError as error:
-            self.release()
+            self._memory.kept = None
             logger.warning("The state of rank %d can't be used: %s", source, error)
             return None
         assert loaded is not None  # on_all_ranks would have raised
@@ -109,6 +109,7 @@ class SurvivorTier:
     def release(self) -> None:
         """Forget the state: it is in use again, or obsolete."""
         self._memory.kept = None
+        self._memory.story = {}
 
     def _step(self) -> int:
         return -1 if self._memory.kept is None else self._memory.kept.part.key[1]
@@ -145,7 +146,7 @@ def _story(of_ranks: list[dict[str, Any]], state_s: float) -> dict[str, Any]:
     joined = max((story["joined_at"] for story in of_ranks if "joined_at" in story), default=None)
     formed = max((story["formed_at"] for story in of_ranks if "formed_at" in story), default=None)
     told: dict[str, Any] = {"generation": max((story.get("generation", 0) for story in of_ranks), default=0)}
-    told["replaced"] = [rank for rank, story in enumerate(of_ranks) if not story.get("noticed_at")]
+    told["replaced"] = [rank for rank, story in enumerate(of_ranks) if story.get("is_new")]
     if noticed is not None and joined is not None and formed is not None:
         told |= {"noticed_at": noticed, "waited_s": joined - noticed, "group_s": formed - joined}
     return told | {"state_s": state_s}

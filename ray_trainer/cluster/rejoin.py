@@ -159,7 +159,7 @@ class _Member:
         self._name = uuid.uuid4().hex
         self._generation = 0
         self._connections: set[Connection] = set()
-        self.memory = ProcessMemory()
+        self.memory = ProcessMemory(story={"is_new": True})
 
     def join(self) -> None:
         """Become part of the next generation.
@@ -186,7 +186,7 @@ class _Member:
         """Another rank is lost."""
         at = "" if self.memory.kept is None else f" at step {self.memory.kept.part.key[1]}"
         logger.warning("Rank %d goes on%s, but has lost another one: %s", self._rank, at, str(error).splitlines()[0])
-        self.memory.story = {"noticed_at": time.time()}
+        self.memory.story.setdefault("noticed_at", time.time())
 
     def leave(self) -> None:
         """Leave the process group, and let go of everything that belonged to it."""

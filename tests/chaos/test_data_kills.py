@@ -136,7 +136,7 @@ class Run:
     def run_dir(self) -> Path:
         return self.directory / "rows"
 
-    def go_on(self, num_workers: int, max_failures: int = 0) -> None:
+    def go_on(self, num_workers: int, max_failures: int = 0, in_place: bool = False) -> None:
         """One call of `fit`."""
         witness = Witness(self.directory, self.kills)
         training = TrainingConfig(
@@ -152,7 +152,13 @@ class Run:
         fit(
             Experiment(witness.build_model, build_datasets, ROWS, build_hooks=witness.build_hooks),
             training,
-            ClusterConfig(num_workers, name="rows", storage_path=str(self.directory), max_failures=max_failures),
+            ClusterConfig(
+                num_workers,
+                name="rows",
+                storage_path=str(self.directory),
+                max_failures=max_failures,
+                in_job_recovery=in_place,
+            ),
         )
 
     def written(self) -> Iterator[tuple[int, int, int, int, list[int]]]:
@@ -160,7 +166,7 @@ class Run:
         for path in self.directory.glob("rank*.jsonl"):
             yield from map(tuple, whole_lines(path))
 
-    def assert_killed_as_planned(self) -> None:
+    def assert_killed_as_planned(self, in_place: bool = False) -> None:
         fired = sorted(int(path.name.split()[-1]) for path in self.directory.glob("killed at *"))
         assert fired == [kill.step for kill in self.kills]
         causes = [event["cause"] for event in events(self.run_dir, "failure")]
@@ -169,7 +175,7 @@ class Run:
             assert f"rank {kill.rank}: the worker process died" in cause
         resumed = [event["step"] for event in events(self.run_dir, "resumed")]
         assert [kill.step - step for kill, step in zip(self.kills, resumed, strict=True)] == [
-            (kill.step - kill.within) % SAVE_EVERY + kill.within for kill in self.kills
+            kill.within + (0 if in_place else (kill.step - kill.within) % SAVE_EVERY) for kill in self.kills
         ]
 
 
@@ -217,13 +223,17 @@ def test_each_epoch_uses_each_row_once_and_has_an_order_of_its_own(undisturbed, 
     assert {epoch for epoch, step, *_ in undisturbed.written() if step <= STEPS_AN_EPOCH} == {0}
 
 
-def test_run_whose_workers_were_killed_uses_the_same_rows_and_ends_with_the_same_bits(undisturbed, order, tmp_path):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_run_whose_workers_were_killed_uses_the_same_rows_and_ends_with_the_same_bits(
+    undisturbed, order, tmp_path, in_place
+):
     run = Run(tmp_path, seeded_kills(seed=1, ranks=[0, 1]))
 
-    run.go_on(num_workers=2, max_failures=3)
+    run.go_on(num_workers=2, max_failures=3, in_place=in_place)
 
-    run.assert_killed_as_planned()
+    run.assert_killed_as_planned(in_place)
     assert_rows_of(run, order)
+    assert not in_place or len(list(run.written())) == 2 * LAST_STEP  # nothing was done twice
     assert_same_run(undisturbed.run_dir, run.run_dir)
 
 

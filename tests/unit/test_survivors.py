@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import Carried, CheckpointManager, CheckpointMeta, SurvivorTier, Tier
 from ray_trainer.journal import Journal, RecentRows
+from ray_trainer.loop import RunningStatistics
 from ray_trainer.metrics import MetricSums
 from ray_trainer.runtime import LocalRuntime
 from ray_trainer.storage.snapshots import ProcessMemory
@@ -114,6 +116,36 @@ def test_rows_that_a_lost_rank_0_did_not_write_are_written_and_the_others_stand_
     journal_with(runtime, kept(tmp_path, runtime, 4, survivor[1:]), [5]).close()
 
     assert [row["step"] for row in metric_rows(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+class Counting(nn.Module):
+    """Has statistics, and a count of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.norm(batch)
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_step_that_is_broken_off_is_undone_in_every_buffer(num_steps):
+    model = Counting()
+    statistics = RunningStatistics(model, keeps_others=True)
+    for _ in range(num_steps):
+        statistics.remember()
+        model(torch.randn(4, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    statistics.remember()
+    model(torch.randn(4, 3))
+    statistics.undo()
+
+    assert statistics.are_complete()
+    assert_same(dict(model.state_dict()), before)
 
 
 @pytest.mark.parametrize(
