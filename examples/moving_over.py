@@ -74,15 +74,15 @@ def training_config(directory: str) -> TrainingConfig:
 class Progress:
     """Hooks have the same names and arguments; any subset of them will do, as the original only promised."""
 
+    # was: on_validation_end was given "loss" and "accuracy"; now "val_loss" and so on, as its documentation said
+
     def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
         """Keys are ``train_loss``, ``val_loss`` ...; ``loss`` is that of training, as before."""
         print(f"epoch {epoch}: loss {metrics['train_loss']:.3f}, validation {metrics['val_loss']:.3f}")
 
-    # was: on_validation_end was given "loss" and "accuracy"; now "val_loss" and so on, as its documentation said
-
 
 def main(directory: str = "runs/moving_over") -> list[float]:
-    """Train, then continue; returns the validation losses."""
+    """Train, or continue; returns the validation losses."""
     torch.manual_seed(0)
     trainer = Trainer(
         model=NextByte(model_config),
@@ -96,7 +96,7 @@ def main(directory: str = "runs/moving_over") -> list[float]:
     train_set, val_set = TensorDataset(*pages[200:]), TensorDataset(*pages[:200])
 
     # was: resume_from='./checkpoints/checkpoint_epoch0005.pt', which began the next epoch without history
-    # now: that of a checkpoint as well, a *directory* without any pickle; or "auto", which also finds none
+    # now: a checkpoint too, which is a directory without any pickle in it; or "auto": the newest, or a fresh start
     results = trainer.train(train_data=train_set, val_data=val_set, resume_from="auto")
 
     # The keys are the same: metrics_summary, best_epoch, final_loss, checkpoint_path, training_time.
