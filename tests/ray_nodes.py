@@ -107,9 +107,17 @@ class RayCluster:
         Path(self._temp_dir, "ray_current_cluster").unlink()
 
     def start_head(self) -> None:
-        """Start it again, with what it kept."""
+        """Start it again, with what it kept; twice if need be, as a unit of systemd would.
+
+        Ray gives itself 30 s, whatever else the machine has to do.
+        """
         self._head_node.start()
-        self._wait()
+        try:
+            self._wait()
+        except AssertionError:
+            self._head_node.kill()
+            self._head_node.start()
+            self._wait()
 
     def close(self) -> None:
         """Nothing of it is alive afterwards."""
