@@ -65,9 +65,11 @@ class RayCluster:
 
     def __init__(self, directory: Path, temp_dir: str, variables: Mapping[str, str]) -> None:
         self._directory = directory
+        self._temp_dir = temp_dir
         ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         environment = {name: value for name, value in os.environ.items() if name not in _HIDDEN}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **variables}
+        environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "600"  # as the files in cluster/ have it
         self.head = RayHead(
             address=f"http://127.0.0.1:{ports['dashboard-port']}",
             gcs=f"127.0.0.1:{ports['port']}",
@@ -101,11 +103,21 @@ class RayCluster:
     def lose_head(self) -> None:
         """Kill all processes of the head."""
         self._head_node.kill()
+        # the machine that comes in its place knows of no Ray
+        Path(self._temp_dir, "ray_current_cluster").unlink()
 
     def start_head(self) -> None:
-        """Start it again, with what it kept."""
+        """Start it again, with what it kept; twice if need be, as a unit of systemd would.
+
+        Ray gives itself 30 s, whatever else the machine has to do.
+        """
         self._head_node.start()
-        self._wait()
+        try:
+            self._wait()
+        except AssertionError:
+            self._head_node.kill()
+            self._head_node.start()
+            self._wait()
 
     def close(self) -> None:
         """Nothing of it is alive afterwards."""

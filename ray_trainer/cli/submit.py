@@ -69,8 +69,8 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
         metavar="N",
         type=float,
         default=0.0,
-        help="CPUs reserved for the driver: it then runs on a node that has them, and outlives a head without CPUs that"
-        " is lost and started again; on the head by default",
+        help="CPUs reserved for the driver: it then runs on a node that has them, and outlives a head without CPUs "
+        "that is lost and started again; on the head by default",
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent and run; submit nothing")
     parser.set_defaults(run=run)

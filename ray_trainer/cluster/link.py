@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_trainer.runtime import Stop
 
@@ -45,7 +46,9 @@ def open_link() -> ActorHandle:
             """The last completed step that rank 0 has told of."""
             return int(self._progress.get("step", 0))
 
-    return ray.remote(num_cpus=0, max_restarts=-1)(Link).remote()
+    # beside its driver: by itself Ray puts what needs no CPU on the head, with which it would be lost
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Link).remote()
 
 
 class WorkerLink:
