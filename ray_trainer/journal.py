@@ -46,14 +46,16 @@ class Journal:
         self.attempt = 0
 
     def open(self, saved: LoadedCheckpoint | None) -> None:
-        """Begin the files of this attempt; rows beyond the step that training resumes from are dropped.
+        """Begin the files of this attempt; rows beyond the step that training resumes from are dropped. Collective.
 
         Raises:
             OSError: storage cannot be read or written.
         """
         carried = saved.carried if saved else None
+        pids = distributed.gather_objects(os.getpid())
         if distributed.rank() == 0 and not self._config.fast_dev_run:
             self._begin_files(saved, rewind_to=_last_step_before(saved))
+            self._tell_beginning(saved, pids)
         for row in carried.rows if carried else ():
             self._add(row)
 
@@ -69,13 +71,12 @@ class Journal:
         described = {"training": self._config.to_dict(), **self._runtime.describe()}
         storage.write("run.yaml", dump_yaml(described).encode())
         storage.write("environment.json", json.dumps(environment(), indent=2).encode())
-        self._tell_beginning(saved)
 
-    def _tell_beginning(self, saved: LoadedCheckpoint | None) -> None:
+    def _tell_beginning(self, saved: LoadedCheckpoint | None, pids: list[int]) -> None:
         if self.attempt == 1:
             self.event("run_started", step=0, epoch=0)
         step, epoch = (saved.record.step, saved.record.epoch) if saved else (0, 0)
-        self.event("workers_started", step, epoch, num_workers=distributed.world_size())
+        self.event("workers_started", step, epoch, num_workers=len(pids), pids=pids)
         if saved is None:
             return
         for name, reason in saved.rejected:

@@ -92,7 +92,7 @@ class TrainingLoop:
         self._needs_loss = monitor.needs_loss
         self._rank = distributed.rank()
         self._world_size = distributed.world_size()
-        self._statistics = RunningStatistics(forward.model, keeps_others=runtime.survivor is not None)
+        self._statistics = RunningStatistics(forward.model, keeps_others=self._world_size > 1)
         self._buckets_settled = self._world_size <= 2 or forward.is_sharded
         self._is_replicated = runtime.survivor is not None
         self.agreed = Agreed()
@@ -269,7 +269,7 @@ class TrainingLoop:
         try:
             self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
         finally:
-            self._statistics.put_back()
+            self._statistics.undo()
             self._accumulator.discard()
 
     def explained(self, error: Exception) -> MemoryShortageError:

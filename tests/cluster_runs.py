@@ -126,14 +126,12 @@ class Command:
                     os.kill(pid, signal.SIGCONT)
 
     def worker_pid(self, rank: int) -> int:
-        """The process of one of two ranks. Rank 0 is the one that has files of the run open."""
+        """The process of a rank, of those that were started last."""
 
         def found() -> int | None:
-            workers = self._workers()
-            writers = [pid for pid in workers if has_open(pid, self.run_dir)]
-            if len(workers) != 2 or len(writers) != 1:
-                return None
-            return writers[0] if rank == 0 else next(pid for pid in workers if pid not in writers)
+            started = [row for row in whole_lines(self.run_dir / "events.jsonl") if row["event"] == "workers_started"]
+            pid = int(started[-1]["pids"][rank]) if started else -1
+            return pid if pid in self._workers() else None
 
         return self.until(found, f"the worker of rank {rank}")
 
@@ -249,16 +247,6 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
-
-
-def has_open(pid: int, directory: Path) -> bool:
-    """Whether a process has a file in a directory open."""
-    with suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):
-                if link.readlink().is_relative_to(directory):
-                    return True
-    return False
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
