@@ -5,7 +5,20 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ray_trainer.cli import checkpoints, completion, config, doctor, export, new, plan, report, status, submit, sweep, train
+from ray_trainer.cli import (
+    checkpoints,
+    completion,
+    config,
+    doctor,
+    export,
+    new,
+    plan,
+    report,
+    status,
+    submit,
+    sweep,
+    train,
+)
 from ray_trainer.config.overrides import split_overrides
 from ray_trainer.errors import CheckpointNotFoundError, ConfigError, DataError, RayTrainerError
 

@@ -24,7 +24,7 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help=f"where to write the page; {_NAME} in the run's directory if left out. Nothing else of a run is written to",
+        help=f"where to write the page; {_NAME} in the run's directory if left out",
     )
     parser.set_defaults(run=run)
 

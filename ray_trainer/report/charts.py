@@ -97,8 +97,11 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(place * step, 12) if abs(step) > 1e-9 else place * step for place in range(first, first + most + 2)
-            if place * step <= high + step * 1e-9]
+    return [
+        round(place * step, 12) if abs(step) > 1e-9 else place * step
+        for place in range(first, first + most + 2)
+        if place * step <= high + step * 1e-9
+    ]
 
 
 def _chart(name: str, rows: Sequence[Row], marked: Sequence[int]) -> Chart | None:

@@ -92,7 +92,9 @@ def _versions(run: RunData) -> list[tuple[str, str]]:
     known = dict(run.environment)
     packages = known.pop("packages", None)
     found = {**(packages if isinstance(packages, dict) else {}), **known}
-    return [(str(name), str(value)[:_LONGEST_FACT]) for name, value in list(found.items())[:60] if value not in (None, [])]
+    return [
+        (str(name), str(value)[:_LONGEST_FACT]) for name, value in list(found.items())[:60] if value not in (None, [])
+    ]
 
 
 def _span(run: RunData) -> tuple[str, str, str]:
