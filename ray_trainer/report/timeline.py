@@ -54,7 +54,7 @@ def lanes(run: RunData) -> list[Lane]:
     """The workers, and each kind of event that there is."""
     if not run.events or run.seen_at is None:
         return []
-    start, end = run.events[0]["time"], max(run.seen_at, run.events[-1]["time"])
+    start, end = float(run.events[0]["time"]), float(max(run.seen_at, run.events[-1]["time"]))
     span = (end - start) or 1.0
 
     def place(time: float) -> float:
