@@ -5,7 +5,20 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ray_trainer.cli import checkpoints, completion, config, doctor, export, new, plan, status, submit, sweep, train
+from ray_trainer.cli import (
+    checkpoints,
+    completion,
+    config,
+    doctor,
+    export,
+    new,
+    plan,
+    report,
+    status,
+    submit,
+    sweep,
+    train,
+)
 from ray_trainer.config.overrides import split_overrides
 from ray_trainer.errors import CheckpointNotFoundError, ConfigError, DataError, RayTrainerError
 
@@ -44,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, sweep, submit, status, checkpoints, export, config, plan, new, doctor):
+    for command in (train, sweep, submit, status, report, checkpoints, export, config, plan, new, doctor):
         command.add_parser(subparsers)
     completion.add_parser(subparsers, _parser)
     return parser

@@ -9,9 +9,10 @@ from ray_trainer.checkpoint import CheckpointRecord, list_checkpoints, verify
 from ray_trainer.checkpoint.catalog import checkpoint_names, is_checkpoint, open_storage
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
 from ray_trainer.cli.commands import Subparsers, add_command
-from ray_trainer.cli.output import print_json, print_table, readable_age
+from ray_trainer.cli.output import print_json, print_table
 from ray_trainer.cluster.working_dir import readable_size
 from ray_trainer.errors import CheckpointNotFoundError, NewerFormatError
+from ray_trainer.report.units import readable_age
 from ray_trainer.storage import Storage
 
 _STYLES = {"whole": "green", "broken": "bold red", "best": "green", "newest": "cyan", "best, newest": "green"}

@@ -45,19 +45,6 @@ def print_line(line: Text | str) -> None:
     Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(line)
 
 
-def readable_age(seconds: float) -> str:
-    """A duration for people, in its two largest units."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left = max(0, round(seconds))
-    for place, (unit, size) in enumerate(units):
-        if left >= size:
-            amount, left = divmod(left, size)
-            smaller = units[place + 1] if place + 1 < len(units) else None
-            rest = left // smaller[1] if smaller else 0
-            return f"{amount} {unit}" + (f" {rest} {smaller[0]}" if smaller and rest else "")
-    return "0 s"
-
-
 def _plain(item: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(encode_row(item))
     plain.pop("non_finite", None)

@@ -9,10 +9,11 @@ from statistics import fmean
 from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.outlook import Outcome, Prospect, best_outcome, simulate
-from ray_trainer.cli.output import print_json, print_line, print_table, readable_age
+from ray_trainer.cli.output import print_json, print_line, print_table
 from ray_trainer.errors import ConfigError
 from ray_trainer.metrics import read_events
 from ray_trainer.metrics.goodput import goodput
+from ray_trainer.report.units import readable_age
 
 _DAY_S, _MINUTE_S = 86400.0, 60.0
 _STALL_S, _RECOVERY_S = 1.0, 60.0  # where nothing is said or measured

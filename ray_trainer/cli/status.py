@@ -4,21 +4,21 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 from ray_trainer.checkpoint import list_checkpoints
 from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli.checkpoints import best_and_newest
 from ray_trainer.cli.commands import Subparsers, add_command
-from ray_trainer.cli.output import print_json, print_table, readable_age
+from ray_trainer.cli.output import print_json, print_table
 from ray_trainer.config.documents import parse_value
 from ray_trainer.errors import ConfigError
 from ray_trainer.metrics import read_events, read_rows
 from ray_trainer.metrics.goodput import goodput
+from ray_trainer.report.standing import run_state
+from ray_trainer.report.units import readable_age
 from ray_trainer.storage import Storage
 
-SILENT_AFTER_S = 120.0  # at least; and five times the longest pause between two signs of life so far
 _STYLES = {"training": "green", "finished": "bold green", "stopped": "yellow", "failing": "bold red", "silent": "red"}
 _NO_METRICS = ("step", "epoch", "split", "time", "non_finite", "samples_per_s", "data_wait_s")
 
@@ -62,7 +62,7 @@ def run_status(run: Storage, now: float) -> Row:
     if not events:
         raise ConfigError(f"{run.uri} is no run directory: it has no events.jsonl. Name storage_path/name of a run.")
     seen_at = max(float(item["time"]) for item in (*events, *rows) if "time" in item)
-    state = _state(events, rows, now - seen_at)
+    state = run_state(events, rows, now - seen_at)
     records = list_checkpoints(run)
     best, newest = best_and_newest(records)
     spent = goodput(events, until=seen_at if state == "training" else None)
@@ -80,23 +80,6 @@ def run_status(run: Storage, now: float) -> Row:
         **_history(events),
         "goodput": {"ratio": spent.ratio, "total_s": spent.total_s, **asdict(spent)},
     }
-
-
-def _state(events: Sequence[Row], rows: Sequence[Row], silent_s: float) -> str:
-    """``training``, ``finished``, ``stopped``, ``failing`` or ``silent``."""
-    last = [event["event"] for event in events if event["event"] not in ("checkpoint_saved", "checkpoint_rejected")][-1]
-    if last in ("run_finished", "interrupted"):
-        return "finished" if last == "run_finished" else "stopped"
-    if silent_s > max(SILENT_AFTER_S, 5 * _longest_pause(events, rows)):
-        return "silent"
-    return "failing" if last == "failure" else "training"
-
-
-def _longest_pause(events: Sequence[Row], rows: Sequence[Row]) -> float:
-    """Between two signs of life of the newest attempt."""
-    begun = max((float(event["time"]) for event in events if event["event"] == "workers_started"), default=0.0)
-    times = sorted(float(item["time"]) for item in (*events, *rows) if float(item.get("time", 0.0)) >= begun)
-    return max((after - before for before, after in pairwise(times)), default=0.0)
 
 
 def _place(run: Storage, events: Sequence[Row], rows: Sequence[Row]) -> Row:
