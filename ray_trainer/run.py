@@ -67,6 +67,7 @@ class Run:
         self._hooks = hooks
         self._validate_at = any_of(steps=config.validate_every_n_steps, epochs=config.validate_every_n_epochs)
         self._save_requested = False
+        self._is_alone = distributed.world_size() == 1  # not asked later: Ray may leave the group of a run that broke
         self._rollback = safeguards.rollback
         self._replicas = safeguards.replicas
         self._has_gone_back = False
@@ -81,7 +82,7 @@ class Run:
             with pulse.measured(distributed.world_size() > 1):
                 self._train()
         except Exception as error:
-            if distributed.world_size() == 1 and self._loop.is_whole:
+            if self._is_alone and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
             elif self._loop.is_whole and distributed.has_lost_peer(error):

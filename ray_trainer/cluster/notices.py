@@ -63,7 +63,7 @@ class Notices:
         is_lost = False
         while not self._closed.wait(POLL_INTERVAL_S):
             try:
-                drained = {node.hex() for node in self._head.get_draining_nodes(timeout=ANSWER_WITHIN_S)}
+                drained = set(self._head.get_draining_nodes(timeout=ANSWER_WITHIN_S))  # hexadecimal ids
             except (ray.exceptions.RpcError, ray.exceptions.GetTimeoutError) as error:
                 if not is_lost and time.monotonic() - answered_at_s > LOST_AFTER_S:
                     is_lost = True
