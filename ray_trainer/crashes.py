@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 _FAILED, _LEFT_OUT = "batch_failed", "batch_quarantined"
 _FOLDER = ".steps"
 _NOWHERE, _FORWARD, _BACKWARD = range(3)
-#: What a rank raises because another one is gone.
-_CONSEQUENCES = ("closed by peer", "reset by peer", "connectFullMesh", "Broken pipe", "Socket closed", "Timed out")
 
 
 class Mark(NamedTuple):
@@ -118,7 +116,7 @@ class Crashes:
         """Keep that the pass in progress raised, unless another rank or a shortage of memory is to blame."""
         micro_batch, phase = self._place
         self.leave()
-        is_consequence = any(words in str(error) for words in _CONSEQUENCES)
+        is_consequence = distributed.blames_another(str(error))
         if self._source is None or phase == _NOWHERE or is_consequence or is_shortage(error):
             return
         if isinstance(error, Exception):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -20,20 +20,68 @@ from ray_trainer.errors import RayTrainerError, RunError
 T = TypeVar("T")
 
 #: How gloo words it that another rank has gone, or does not answer any more.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "Socket closed")
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "connectFullMesh",
+    "gloo/transport",
+)
+_GROUP_IS_GONE = "The process group is gone: this worker is being ended because another one has failed."
+#: How torch words that.
+_NO_GROUP = "process group has not been initialized"
 _CHUNK_BYTES = 64 << 20
 _NAMES = ("forward_sync_buffers", "broadcast_buffers")  # before torch 2.13 it has only the second name
 _BUFFERS_OPTION = next(name for name in _NAMES if name in signature(nn.parallel.DistributedDataParallel).parameters)
 
 
+class _Place(NamedTuple):
+    rank: int
+    world_size: int
+
+
+_place: _Place | None = None
+
+
 def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """How many processes train together.
+
+    Raises:
+        RunError: in `membership`, when the process group is gone.
+    """
+    if _place is None:
+        return dist.get_world_size() if _has_group() else 1
+    if _place.world_size > 1 and not _has_group():
+        raise RunError(_GROUP_IS_GONE)
+    return _place.world_size
 
 
 def rank() -> int:
     """This process among them, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if _place is None:
+        return dist.get_rank() if _has_group() else 0
+    return _place.rank
+
+
+@contextmanager
+def membership() -> Iterator[None]:
+    """Inside, this process stays the rank that it is, whatever becomes of the process group.
+
+    Ray leaves the group of a worker that it is about to end, in another thread. A worker that took itself for alone
+    then would go on with its part of the data, and save what comes of it.
+    """
+    global _place
+    outer = _place
+    _place = outer or _Place(rank(), world_size())
+    try:
+        yield
+    finally:
+        _place = outer
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def set_patience(seconds: float) -> None:
@@ -98,6 +146,11 @@ def has_lost_peer(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def blames_another(message: str) -> bool:
+    """Whether an error with this message is what one rank gets to see of the failure of another."""
+    return any(mark in message for mark in (*_LOST_PEER, _GROUP_IS_GONE, _NO_GROUP))
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from ray_trainer import distributed, pulse
 from ray_trainer.checkpoint import Tier
-from ray_trainer.errors import RunError
 from ray_trainer.runtime import Runtime, Stop
 from ray_trainer.stragglers import Straggler, StragglerWatch
 
@@ -54,7 +53,6 @@ class StepExchange:
         self._runtime = runtime
         self._saving_to = saving_to
         self._stragglers = StragglerWatch()
-        self._world_size = distributed.world_size()
         self._clock = time.monotonic()
 
     def restart_clock(self) -> None:
@@ -69,19 +67,14 @@ class StepExchange:
             num_samples: of this rank.
             loss_sum: of this rank.
             shared: what else is to be added up; as many values on all ranks.
-
-        Raises:
-            RunError: this worker is being ended, and its process group is gone already.
         """
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         stop, save, busy = self._runtime.requested_stop(), self._runtime.requested_save(), self._saving_to()
-        if self._world_size == 1:
+        if distributed.world_size() == 1:
             return Agreed(count, num_samples, loss_sum, seconds, stop, save, busy, shared=tuple(shared))
         own = [count, num_samples, loss_sum, seconds, stop, save, busy, *pulse.take_own_times(), *shared]
         rows = distributed.gather_rows(torch.tensor([own], dtype=torch.float64))[:, 0]
-        if len(rows) != self._world_size:  # Ray leaves the group for a worker that it ends, in another thread
-            raise RunError("The process group is gone: this worker is being ended because another one has failed.")
         counts, samples, losses, times, stops, saves, tiers = rows[:, :7].T.tolist()
         end = rows.shape[1] - len(shared)
         slow = self._stragglers.add(rows[:, 7:end], times[0]) if distributed.rank() == 0 else []

@@ -67,7 +67,7 @@ class Run:
         self._hooks = hooks
         self._validate_at = any_of(steps=config.validate_every_n_steps, epochs=config.validate_every_n_epochs)
         self._save_requested = False
-        self._is_alone = distributed.world_size() == 1  # not asked later: Ray may leave the group of a run that broke
+        self._is_alone = distributed.world_size() == 1
         self._rollback = safeguards.rollback
         self._replicas = safeguards.replicas
         self._has_gone_back = False
@@ -79,7 +79,7 @@ class Run:
             self._compare_replicas(is_saved=True)
             self._catch_up()
             self._loop.restart_clock()
-            with pulse.measured(distributed.world_size() > 1):
+            with pulse.measured(not self._is_alone):
                 self._train()
         except Exception as error:
             if self._is_alone and self._loop.is_whole:

@@ -170,7 +170,7 @@ class Trainer:
         config = self.training_config
         config.validate()
         ownership = owned(self.runtime, self.checkpoint_manager, is_needed=not config.fast_dev_run)
-        with deterministic_mode(config.deterministic), self.runtime, ownership:
+        with distributed.membership(), deterministic_mode(config.deterministic), self.runtime, ownership:
             saved = self._restore(resume_from)
             with distributed.same_error_everywhere():
                 setup = self._set_up(train_data, val_data, saved)

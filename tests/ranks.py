@@ -19,7 +19,7 @@ def in_rank(rank: int, port: int, world_size: int, answer: Path, work: Any, argu
     if world_size > 1:
         torch.distributed.init_process_group("gloo")
     torch.save(work(*arguments), answer)
-    if world_size > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

@@ -90,6 +90,15 @@ def checkpoint_names(run: Storage) -> list[str]:
     return [name for _, name in sorted(named)]
 
 
+def newest_step(run: Storage) -> int:
+    """Of the checkpoints that were finished, whole or not by now; -1 for none. Opens no file."""
+    for name in reversed(checkpoint_names(run)):
+        order = checkpoint_order(name)
+        if order and run.child(name).exists(MANIFEST):
+            return order.step
+    return -1
+
+
 def list_checkpoints(location: Storage | str | os.PathLike[str]) -> list[CheckpointRecord]:
     """The checkpoints of a run, old to new: good manifest, all files there, right sizes.
 

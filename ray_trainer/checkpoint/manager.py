@@ -15,6 +15,7 @@ from ray_trainer.checkpoint.catalog import (
     CheckpointRecord,
     checkpoint_names,
     list_checkpoints,
+    newest_step,
     open_storage,
     resolve,
 )
@@ -190,13 +191,12 @@ class CheckpointManager:
         return [name for name in names if self._delete(name)]
 
     def newest_step(self) -> int:
-        """Of what storage has, whole or not, by its name alone; -1 for nothing.
+        """Of what was finished on storage; -1 for nothing.
 
         Raises:
             OSError: storage cannot be read.
         """
-        order = [checkpoint_order(name) for name in checkpoint_names(self.storage)[-1:]]
-        return order[0].step if order and order[0] else -1
+        return newest_step(self.storage)
 
     def records(self) -> list[CheckpointRecord]:
         """The run's checkpoints, old to new."""

@@ -11,9 +11,9 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import UserCallback
 
-from ray_trainer.checkpoint.catalog import checkpoint_names
-from ray_trainer.checkpoint.layout import checkpoint_order
-from ray_trainer.cluster.retries import Place, Retries, places
+from ray_trainer import distributed
+from ray_trainer.checkpoint.catalog import newest_step
+from ray_trainer.cluster.retries import Repetitions, Retries
 from ray_trainer.errors import (
     ConfigError,
     DataError,
@@ -28,10 +28,6 @@ from ray_trainer.metrics import EventLog, read_events
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-#: What a rank reports when it lost another one: a consequence, not the cause.
-_CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "connectFullMesh", "Broken pipe")
-
 
 #: What no restart can mend.
 FINAL_ERRORS = (
@@ -61,7 +57,7 @@ class FailureRecorder(UserCallback):
         self._told_until = time.time()
         self._retries = Retries(max_failures)
         self._leaves_out = leaves_out
-        self._places: dict[Place, BaseException] = {}
+        self._repetitions = Repetitions()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record the failure of workers, and end the run where another start would fail as well."""
@@ -80,10 +76,9 @@ class FailureRecorder(UserCallback):
 
     def _hopeless(self, errors: Mapping[int, BaseException], cause: str) -> RepeatedFailureError | None:
         """Why the run will fail again, if it will."""
-        before, self._places = self._places, places(errors)
-        again = next((error for place, error in self._places.items() if place in before), None)
+        again = self._repetitions.find(errors)
         if again is not None and not self._leaves_out:
-            traceback, step = again.__notes__[-2:]
+            traceback, step = errors[again].__notes__[-2:]
             return RepeatedFailureError(
                 f"{traceback.rstrip()}\n\nThis came twice at the same place, {step}, so it would come after every "
                 f"restart. Correct its cause and give the same command again: {what_is_kept(self._run)}"
@@ -123,10 +118,9 @@ def furthest_step(run: Storage, link: ActorHandle) -> int:
     except ray.exceptions.RayError:
         told = 0  # the link has just been started again
     try:
-        order = [checkpoint_order(name) for name in checkpoint_names(run)[-1:]]
+        return max(told, newest_step(run))
     except OSError:
-        order = []
-    return max(told, order[0].step if order and order[0] else 0)
+        return told
 
 
 def what_is_kept(storage: Storage) -> str:
@@ -193,7 +187,7 @@ def final_error(error: BaseException) -> RayTrainerError | None:
 def causes(failures: Mapping[int, BaseException]) -> dict[int, BaseException]:
     """The causes among the errors of several ranks: a rank that merely lost another one is not it."""
     ordered = dict(sorted(failures.items()))
-    own = {r: error for r, error in ordered.items() if not any(mark in _line(error) for mark in _CONSEQUENCES)}
+    own = {rank: error for rank, error in ordered.items() if not distributed.blames_another(_line(error))}
     return own or ordered
 
 

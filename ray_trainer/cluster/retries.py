@@ -40,12 +40,24 @@ class Retries:
         return self._limit < 0 or self._failures <= self._limit
 
 
-def places(errors: Mapping[int, BaseException]) -> dict[Place, BaseException]:
-    """Where the errors of several ranks were raised: kind, file and line, and the step after which it was.
+class Repetitions:
+    """Remembers where each rank raised its last error.
 
-    Left out are errors that may pass, and those of processes that died without one.
+    By rank, because an error that all ranks have may be seen on one after the other.
     """
-    return {place: error for error in errors.values() if (place := _place(error))}
+
+    def __init__(self) -> None:
+        self._places: dict[int, Place] = {}
+
+    def find(self, errors: Mapping[int, BaseException]) -> int | None:
+        """A rank whose error is its last one again: the same kind, at the same line, after the same step.
+
+        Errors that may pass do not count, nor do processes that died without one.
+        """
+        found = {rank: place for rank, error in errors.items() if (place := _place(error))}
+        again = next((rank for rank, place in found.items() if self._places.get(rank) == place), None)
+        self._places |= found
+        return again
 
 
 def note_place(error: BaseException, traceback: str, step: int) -> None:

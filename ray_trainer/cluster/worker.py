@@ -82,19 +82,23 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
     datasets = {name: _open(data) for name, data in job.datasets.items()}
-    if job.rejoining is None:
-        return _train(job, datasets, survivor=None)
-    return job.rejoining.run(lambda memory: _train(job, datasets, memory))
+
+    def train(survivor: ProcessMemory | None) -> Outcome:
+        with distributed.membership():
+            return _train(job, datasets, survivor)
+
+    return train(None) if job.rejoining is None else job.rejoining.run(train)
 
 
 def _train(job: Job, datasets: dict[str, Any], survivor: ProcessMemory | None) -> Outcome:
     runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang, survivor)
     trainer: Trainer | None = None
+    is_alone = distributed.world_size() == 1
     try:
         trainer = _build_trainer(job, runtime)
         results = trainer.train(datasets["train"], datasets.get("val"), resume_from=_origin(trainer, job))
     except RayTrainerError as error:
-        if _is_known_to_all(error) and final_error(error) is not None:
+        if (error.on_all_ranks or is_alone) and final_error(error) is not None:
             return Outcome(results=None, error=error, stop=Stop.NONE)
         raise
     except Exception as error:
@@ -159,7 +163,3 @@ def users_code(names: str) -> Iterator[None]:
             f"The experiment's functions failed with {type(error).__name__}: {error} "
             f"({last.filename}, line {last.lineno}: {last.line}). Check {names}, and the values of `model`."
         ) from error
-
-
-def _is_known_to_all(error: RayTrainerError) -> bool:
-    return error.on_all_ranks or distributed.world_size() == 1

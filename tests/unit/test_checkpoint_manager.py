@@ -211,6 +211,14 @@ def test_clean_leftovers_removes_unfinished_checkpoints_and_nothing_else(manager
     assert on_disk(run) == sorted([whole.name, torn.name, "mine", "checkpoint_of_my_own", "run.yaml"])
 
 
+def test_newest_step_is_that_of_a_save_that_was_finished(manager, tmp_path):
+    assert manager.newest_step() == -1
+    commit(manager, step=4)
+    (tmp_path / "run" / "checkpoint_epoch0000_step00000007").mkdir()  # else a snapshot of step 5 would not be used
+
+    assert manager.newest_step() == 4
+
+
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
     manager = CheckpointManager(tmp_path, keep_last_n=2, keep_best_k=1)
     for step, loss in enumerate([0.5, 0.1, 0.4, 0.3, 0.2]):

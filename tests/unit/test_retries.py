@@ -5,7 +5,7 @@ import traceback
 
 import pytest
 
-from ray_trainer.cluster.retries import Retries, note_place, places
+from ray_trainer.cluster.retries import Repetitions, Retries, note_place
 from ray_trainer.errors import CheckpointError
 
 
@@ -54,22 +54,36 @@ def test_no_limit_is_no_limit():
 
 
 def test_same_error_at_the_same_place_and_step_is_known_again_whatever_it_says():
-    first, again = places({0: raised("7 apples", step=3)}), places({1: raised("8 apples", step=3)})
+    repetitions = Repetitions()
 
-    assert first.keys() == again.keys()
+    assert repetitions.find({1: raised("7 apples", step=3)}) is None
+    assert repetitions.find({0: RuntimeError("The actor died"), 1: raised("8 apples", step=3)}) == 1
+
+
+def test_error_that_all_ranks_have_is_no_repetition_when_it_is_seen_on_one_after_the_other():
+    repetitions = Repetitions()
+
+    assert [repetitions.find({rank: raised("x", step=3)}) for rank in (0, 1, 0)] == [None, None, 0]
+
+
+def test_death_in_between_does_not_make_a_repetition_forgotten():
+    repetitions = Repetitions()
+    errors = (raised("x", step=3), RuntimeError("The actor died"), raised("x", step=3))
+
+    assert [repetitions.find({0: error}) for error in errors] == [None, None, 0]
 
 
 @pytest.mark.parametrize(
     "other", [raised("x", step=4), raised("x", step=3, kind=KeyError), raised_elsewhere(step=3)], ids=str
 )
 def test_another_step_kind_or_line_is_another_error(other):
-    assert places({0: raised("x", step=3)}).keys() != places({0: other}).keys()
+    repetitions = Repetitions()
+
+    assert [repetitions.find({0: error}) for error in (raised("x", step=3), other)] == [None, None]
 
 
 @pytest.mark.parametrize("kind", [OSError, TimeoutError, ConnectionError, CheckpointError])
-def test_error_that_may_pass_has_no_place(kind):
-    assert places({0: raised("storage is away", step=3, kind=kind)}) == {}
+def test_error_that_may_pass_is_never_a_repetition(kind):
+    repetitions = Repetitions()
 
-
-def test_process_that_died_without_an_error_has_no_place():
-    assert places({0: RuntimeError("The actor died")}) == {}
+    assert [repetitions.find({0: raised("storage is away", step=3, kind=kind)}) for _ in range(3)] == [None] * 3
