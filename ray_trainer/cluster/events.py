@@ -133,46 +133,6 @@ def _tracebacks(failures: Mapping[int, BaseException]) -> dict[str, str]:
     return {str(rank): "\n".join(error.__notes__) for rank, error in failures.items() if hasattr(error, "__notes__")}
 
 
-def tell(event: Mapping[str, Any]) -> str | None:
-    """An event of a run as a sentence for whoever watches it; None for what the progress shows anyway."""
-    match event:
-        case {"event": "failure", "cause": cause}:
-            return f"failure: {cause}"
-        case {"event": "preempted" | "controller_lost" | "head_lost", "reason": reason}:
-            return str(reason)
-        case {"event": "workers_started", "num_workers": count, "attempt": attempt} if attempt > 1:
-            return f"{count} workers started again (attempt {attempt})"
-        case {"event": "rejoined", "step": step, "replaced": replaced}:
-            return f"no step is lost: rank {', '.join(map(str, replaced))} was replaced after step {step}"
-        case {"event": "resumed", "step": step, "from": checkpoint}:
-            return f"resumed at step {step} from {checkpoint}"
-        case {"event": "checkpoint_rejected", "checkpoint": checkpoint, "reason": reason}:
-            return f"{checkpoint} is broken and set aside: {reason}"
-        case {"event": "checkpoint_failed", "reason": reason}:
-            return f"a checkpoint could not be written: {reason}"
-        case {"event": "data_changed", "split": split, "differs": differs, "action": action}:
-            return f"the {split} data has changed ({action}): {'; '.join(differs)}"
-        case {"event": "data_quarantined", "split": split, "num_rows": rows, "num_files": files}:
-            return f"of the {split} data, {rows} rows and {files} files are left out because they are bad"
-        case {"event": "hang", "rank": rank, "phase": phase, "seconds": seconds, "last_lines": lines}:
-            where = f" at {lines[0]}" if lines else ""
-            return f"rank {rank} hung in {phase} for {seconds:.0f} s{where}, and was ended"
-        case {"event": "straggler", "rank": rank, "ratio": ratio, "phase": phase}:
-            return f"rank {rank} is slow: {ratio:.1f} times the others, mostly in {phase}"
-        case {"event": "step_skipped", "step": step, "gradient_norm": norm}:
-            return f"step {step} was skipped: its gradient norm is {norm}"
-        case {"event": "batch_quarantined", "step": step, "samples": samples}:
-            return f"{len(samples)} samples are left out from step {step} on: training failed at them twice"
-        case {"event": "out_of_memory", "step": step, "rank": rank, "samples_at_once": count}:
-            return f"out of memory in step {step} on rank {rank}: from there on {count} samples are processed at once"
-        case {"event": "rolled_back", "step": step, "to_step": target, "reason": reason}:
-            return f"back from step {step} to the state of step {target}: {reason}"
-        case {"event": "corruption", "step": step, "ranks": ranks, "tensors": tensors}:
-            who = f"of rank {', '.join(map(str, ranks))}" if ranks else "of an unknown rank"
-            return f"memory or a processor {who} went wrong before step {step}, in {', '.join(tensors)}"
-    return None
-
-
 def final_error(error: BaseException) -> RayTrainerError | None:
     """The error that no restart can mend, if this is one, out of what Ray has put around it."""
     seen: BaseException | None = error

@@ -13,13 +13,13 @@ from ray.actor import ActorHandle
 from ray.tune import Trainable
 
 from ray_trainer.checkpoint import CheckpointRecord, list_checkpoints
-from ray_trainer.cluster.events import tell
 from ray_trainer.cluster.groups import RESERVED
 from ray_trainer.cluster.launch import fit_watched
 from ray_trainer.cluster.sweep_job import SweepJob
 from ray_trainer.cluster.takeover import TOOK_OVER, Note, Offer, offer, same_decision, take_over
 from ray_trainer.errors import ConfigError, DataError, RayTrainerError
 from ray_trainer.metrics.events import read_events
+from ray_trainer.narration import tell
 from ray_trainer.runtime import Stop
 from ray_trainer.storage import Storage
 

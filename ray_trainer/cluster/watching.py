@@ -11,8 +11,8 @@ from typing import Any, Protocol, cast
 import ray
 from ray.actor import ActorHandle
 
-from ray_trainer.cluster.events import tell
 from ray_trainer.metrics import ProgressRecord
+from ray_trainer.narration import tell
 from ray_trainer.runtime import Stop
 
 logger = logging.getLogger(__name__)
