@@ -4,7 +4,7 @@ import logging
 import mmap
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FAILED, _LEFT_OUT = "batch_failed", "batch_quarantined"
 _FOLDER = ".steps"
-_NOWHERE, _FORWARD, _BACKWARD = range(3)
+NOWHERE, FORWARD, BACKWARD = range(3)
 
 
 class Mark(NamedTuple):
@@ -76,7 +76,7 @@ class Crashes:
         self._progress = progress
         self._journal = journal
         self._attempt = 0
-        self._place = (0, _NOWHERE)
+        self._place = (0, NOWHERE)
         self._file: mmap.mmap | None = None
 
     def recall(self, storage: Storage) -> None:
@@ -93,31 +93,31 @@ class Crashes:
                 self._tell_deaths(storage)
                 found = self._failed_twice(read_events(storage))
         self._source.leave_out(distributed.broadcast_object(found))
-        self._attempt = distributed.broadcast_object(self._journal.attempt)
+        self._attempt = self._journal.attempt
         if storage.is_local:
             self._file = _open(storage.local_path(_FOLDER), distributed.rank())
 
     def enter(self, micro_batch: int) -> None:
         """The forward pass of a micro-batch begins."""
         if self._source is not None:
-            self._mark(micro_batch, _FORWARD)
+            self._mark(micro_batch, FORWARD)
 
     def enter_backward(self, micro_batch: int) -> None:
         """Its backward pass begins, in which ranks wait for each other."""
         if self._source is not None:
-            self._mark(micro_batch, _BACKWARD)
+            self._mark(micro_batch, BACKWARD)
 
     def leave(self) -> None:
         """All passes of the step are done."""
         if self._source is not None:
-            self._mark(0, _NOWHERE)
+            self._mark(0, NOWHERE)
 
     def failed(self, error: BaseException) -> None:
         """Keep that the pass in progress raised, unless another rank or a shortage of memory is to blame."""
         micro_batch, phase = self._place
         self.leave()
         is_consequence = distributed.blames_another(str(error))
-        if self._source is None or phase == _NOWHERE or is_consequence or is_shortage(error):
+        if self._source is None or phase == NOWHERE or is_consequence or is_shortage(error):
             return
         if isinstance(error, Exception):
             self._tell(self._mark_of(micro_batch, phase), f"{type(error).__name__}: {error}")
@@ -156,13 +156,11 @@ class Crashes:
         """Keep where processes of the attempt before died, and clear their marks."""
         if not storage.is_local:
             return
-        marks = [_FORM.unpack(path.read_bytes()[: _FORM.size]) for path in _files(storage.local_path(_FOLDER))]
-        dead = [mark for mark in map(Mark._make, marks) if mark.phase != _NOWHERE and self._journal.attempt > 1]
+        files = _files(storage.local_path(_FOLDER)) if self._journal.attempt > 1 else []
+        marks = [Mark._make(_FORM.unpack(path.read_bytes()[: _FORM.size])) for path in files]
         told = {event["failed_attempt"] for event in read_events(storage) if event["event"] == _FAILED}
-        first = min((mark.phase for mark in dead), default=_FORWARD)  # those in the backward pass may have waited
-        for mark in dead:
-            if mark.phase == first and mark.attempt not in told:
-                self._tell(mark, "the process died")
+        for mark in to_blame([mark for mark in marks if mark.attempt not in told]):
+            self._tell(mark, "the process died")
         storage.delete(_FOLDER)
 
     def _failed_twice(self, events: Iterable[Mapping[str, Any]]) -> list[CrashingSamples]:
@@ -194,6 +192,18 @@ class Crashes:
                 f"max_bad_ratio ({self._max_ratio:g}) allows to leave out. What was raised is in events.jsonl, "
                 "as batch_failed. Mend it, or raise max_bad_ratio."
             )
+
+
+def to_blame(marks: Sequence[Mark]) -> list[Mark]:
+    """Of the processes of an attempt, those that may have died of their batch.
+
+    Those in the backward pass wait for each other. So if another one was elsewhere, it is that one that has died;
+    if that was between two passes, of something else than a batch.
+    """
+    forward = [mark for mark in marks if mark.phase == FORWARD]
+    backward = [mark for mark in marks if mark.phase == BACKWARD]
+    are_all_there = bool(backward) and len(backward) == backward[0].world_size
+    return forward or (backward if are_all_there else [])
 
 
 def _open(folder: Path, rank: int) -> mmap.mmap:

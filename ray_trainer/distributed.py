@@ -120,7 +120,8 @@ def broadcast_all(tensors: Sequence[torch.Tensor], source: int) -> None:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-        dist.broadcast(flat, source)
+        with pulse.during(pulse.Phase.EXCHANGE):
+            dist.broadcast(flat.view(torch.uint8), source)  # whatever the type
         if rank() != source:
             parts = torch.split(flat, [tensor.numel() for tensor in same])
             for tensor, part in zip(same, parts, strict=True):
@@ -136,7 +137,8 @@ def broadcast_bytes(memory: torch.Tensor, source: int) -> None:
     """
     if world_size() > 1:
         for chunk in torch.split(memory, _CHUNK_BYTES):
-            dist.broadcast(chunk, source)
+            with pulse.during(pulse.Phase.EXCHANGE):
+                dist.broadcast(chunk, source)
 
 
 def has_lost_peer(error: BaseException | None) -> bool:

@@ -16,7 +16,6 @@
     ├── CorruptionError (RuntimeError)         memory or a processor fails: replicas are not equal
     ├── MemoryShortageError (MemoryError)      memory did not suffice; says what took it and what to change
     ├── LeaseHeldError (RuntimeError)          another process is at work on the run; says which
-    ├── PreemptedError (RuntimeError)          a node is going to be taken away; training goes on elsewhere
     └── RunError (RuntimeError)                a run on the cluster failed; says how to go on
         └── RepeatedFailureError               it would fail again in the same way
 
@@ -90,10 +89,6 @@ class CorruptionError(RayTrainerError, RuntimeError):
 
 class MemoryShortageError(RayTrainerError, MemoryError):
     """Memory of the host or of a GPU did not suffice; the message says what took it and what to change."""
-
-
-class PreemptedError(RayTrainerError, RuntimeError):
-    """Workers have saved and left, because a node of theirs is going to be taken away."""
 
 
 class RunError(RayTrainerError, RuntimeError):

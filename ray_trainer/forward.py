@@ -129,7 +129,7 @@ class RunningStatistics:
         """Keep the values of this moment."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
-        if self._saved_others and not self.are_untouched():
+        if self._saved_others:  # also what was written in a way that leaves no trace, as by ``.data``
             torch._foreach_copy_(self._saved_others, self._others)
         self._versions = [buffer._version for buffer in self._others]
 
@@ -137,19 +137,12 @@ class RunningStatistics:
         """Whether no other buffer of the model was replaced, or written without having been kept."""
         there = {id(buffer) for buffer in self._model.buffers()}
         is_there = all(id(buffer) in there for buffer in (*self._live, *self._others))
-        return is_there and (bool(self._saved_others) or self.are_untouched())
+        are_untouched = self._versions == [buffer._version for buffer in self._others]
+        return is_there and (bool(self._saved_others) or are_untouched)
 
-    def are_untouched(self) -> bool:
-        """Whether the model's other buffers are as they were."""
-        return self._versions == [buffer._version for buffer in self._others]
-
-    def share(self, with_others: bool) -> None:
-        """Take over those of rank 0, as they are in a checkpoint. Collective where there are any.
-
-        Args:
-            with_others: the model's other buffers as well; equal on all ranks.
-        """
-        distributed.broadcast_all([*self._live, *self._others] if with_others else self._live, source=0)
+    def share(self) -> None:
+        """Take over all buffers of rank 0, as they are in a checkpoint. Collective where there are any."""
+        distributed.broadcast_all(list(self._model.buffers()), source=0)
 
     def undo(self) -> None:
         """Put back all that was kept: the step was broken off."""

@@ -56,6 +56,7 @@ class Journal:
         if distributed.rank() == 0 and not self._config.fast_dev_run:
             self._begin_files(saved, rewind_to=_last_step_before(saved))
             self._tell_beginning(saved, pids)
+        self.attempt = distributed.broadcast_object(self.attempt)
         for row in carried.rows if carried else ():
             self._add(row)
 
@@ -102,9 +103,8 @@ class Journal:
         """As `event`, for what one rank alone knows; not in a ``fast_dev_run``."""
         if self._events is not None:
             self.event(event, step, epoch, **details)
-        else:
-            storage = self._runtime.storage
-            log = EventLog(storage, max(1, next_attempt(storage) - 1), writer=f"rank{distributed.rank()}")
+        elif self.attempt:
+            log = EventLog(self._runtime.storage, self.attempt, writer=f"rank{distributed.rank()}")
             log.record(event, step, epoch, **details)
 
     def event_once(self, event: str, step: int | None = None, epoch: int | None = None, **details: Any) -> None:
@@ -136,6 +136,7 @@ class Journal:
         Raises:
             OSError: they could not be dropped and would stand twice.
         """
+        self._recent.forget_after(step)
         self._writers.rewind(step)
 
     def flush(self) -> None:
@@ -160,7 +161,7 @@ class RecentRows:
         self._rows: deque[dict[str, Any]] = deque()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add one; steps never go back."""
+        """Add one, of the newest step."""
         self._rows.append(row)
         if len(self._rows) > self._most:
             self._forget_steps_before(min(int(self._rows[0]["step"]) + 1, row["step"]))
@@ -169,6 +170,11 @@ class RecentRows:
         """Forget those that are of no use any more; others of the newest step may follow."""
         if self._rows:
             self._forget_steps_before(int(self._rows[-1]["step"]))
+
+    def forget_after(self, step: int) -> None:
+        """Forget those of later steps: the run has gone back."""
+        while self._rows and self._rows[-1]["step"] > step:
+            self._rows.pop()
 
     def rows(self) -> tuple[dict[str, Any], ...]:
         """All there are, old to new."""

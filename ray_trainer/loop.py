@@ -133,8 +133,8 @@ class TrainingLoop:
         try:
             results = self._accumulate_within_memory(step_batch)
         except BaseException as error:
-            self._watch.failed(error)
             self._break_off()
+            self._watch.failed(error)
             raise
         try:
             row = _row(results)
@@ -151,7 +151,7 @@ class TrainingLoop:
         self.is_whole = False
         is_updated = verdict is Verdict.STEP and self._accumulator.apply(mean_count, norm)
         if is_updated and self._is_replicated:
-            self._sums.add(agreed.shared[1:])
+            self._sums.add(agreed.shared)
         elif is_updated:
             self._sums.append(row)
         else:
@@ -159,6 +159,7 @@ class TrainingLoop:
             self._accumulator.discard()
         progress.complete_step(agreed.num_samples, agreed.seconds, skipped=not is_updated)
         self.is_whole = True
+        self._processed = []
         pulse.beat(Phase.OTHER)
         return StepRecord(
             step=progress.step,
@@ -195,17 +196,18 @@ class TrainingLoop:
             try:
                 return self._accumulate(step_batch)
             except Exception as error:
-                if not self._may_retry(error):
+                may_retry = self._may_retry(error)
+                self._break_off()
+                if not may_retry or not self.is_whole:
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold what takes the memory
-            self._break_off()
             seed_step(self._seed, self._progress.step, self._rank)
             self._statistics.remember()
 
     def _accumulate(self, step_batch: StepBatch) -> list[BatchResult]:
         """Forward and backward of this rank's micro-batches; gradients are exchanged after the last."""
         batches, parts = step_batch.micro_batches, None
-        pieces = self._progress.pieces_now if step_batch.num_samples else 1
+        pieces = self._pieces(step_batch)
         if pieces > 1:
             parts = [cut(micro_batch, pieces) for micro_batch in batches]
             batches = [piece for part in parts for piece in part]
@@ -223,6 +225,10 @@ class TrainingLoop:
             losses = iter(self.batch_losses)
             self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
         return results
+
+    def _pieces(self, step_batch: StepBatch) -> int:
+        """In how many pieces a micro-batch is processed; a stand-in is not cut."""
+        return self._progress.pieces_now if step_batch.num_samples else 1
 
     def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
         whole = place // self._progress.pieces_now  # of which this is a piece
@@ -244,16 +250,16 @@ class TrainingLoop:
     def _agree(self, results: list[BatchResult], row: tuple[torch.Tensor | int, ...], num_samples: int) -> Agreed:
         """Tell the other ranks of this one's part of the step, and learn the whole.
 
-        Where any rank may have to go on without another, the step's sums and normalisation statistics are shared as
-        well: each rank then has all there is.
+        Where any rank may have to go on without another, the step's sums and the model's buffers are shared as well:
+        each rank then has all there is.
         """
         count = sum(float(result.loss.count) for result in results)
         loss = sum(float(result.loss.sum.detach()) for result in results) if self._needs_loss else 0.0
-        shared = [not self._statistics.are_untouched(), *stacked([row])[0].tolist()] if self._is_replicated else []
+        shared = stacked([row])[0].tolist() if self._is_replicated else []
         agreed = self._exchange.agree(count, num_samples, loss, shared)
         pulse.beat(Phase.UPDATE)
         if self._is_replicated:
-            self._statistics.share(with_others=agreed.shared[0] > 0)
+            self._statistics.share()
         return agreed
 
     def _settle_buckets(self, step_batch: StepBatch) -> None:
@@ -266,16 +272,21 @@ class TrainingLoop:
         self._buckets_settled = True
         pulse.beat(Phase.FORWARD)
         self._statistics.remember()
+        self._processed = cut(step_batch.micro_batches[0], self._pieces(step_batch))[0]
         try:
-            self._evaluate(step_batch.micro_batches[0]).loss.sum.backward()  # type: ignore[no-untyped-call]
+            self._evaluate(self._processed).loss.sum.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            self._may_retry(error)  # with the next start: memory may not suffice here already
+            raise
         finally:
             self._statistics.undo()
             self._accumulator.discard()
 
     def explained(self, error: Exception) -> MemoryShortageError:
-        """What to raise when memory did not suffice in or after the step in progress."""
-        where = f"step {self._progress.step + 1}"
-        num_samples = count_samples(self._processed) if len(self._processed) else 0
+        """What to raise when memory did not suffice in the step in progress, or after the last one."""
+        is_in_step = len(self._processed) > 0
+        where = f"step {self._progress.step + 1}" if is_in_step else f"what follows step {self._progress.step}"
+        num_samples = count_samples(self._processed) if is_in_step else 0
         return explained(error, where, num_samples, self._forward.model, self._accumulator.optimizer)
 
     def take_data_wait_s(self) -> float:

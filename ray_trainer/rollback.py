@@ -43,6 +43,7 @@ class Rollback:
         self._progress = recorder.progress
         self._rewind = rewind
         self._ring = StateRing()
+        self._hold_on()
 
     def needs_first_checkpoint(self) -> bool:
         """Whether the run has none yet, at its beginning. Collective if rollbacks are wanted."""
@@ -60,8 +61,7 @@ class Rollback:
         self._recorder.flush()
         self._ring.only(points.steps)
         self._ring.keep(step, self._rewind.state.state_dict(_UNDONE | {"progress"}))
-        manager = self._rewind.manager
-        manager.keep_for(points.steps[0])
+        self._hold_on()
 
     def carry_out(self, record: StepRecord) -> bool:
         """Go back after a step that went wrong. Collective.
@@ -113,7 +113,13 @@ class Rollback:
             error.on_all_ranks = True
             raise error
         self._ring.only(())
+        self._hold_on()
         self._tell(target, record, tier="storage", **{"from": loaded.record.name})
+
+    def _hold_on(self) -> None:
+        """Keep the checkpoint from which the oldest point can be reached again."""
+        if self.is_on and self._monitor.points.steps:
+            self._rewind.manager.keep_for(self._monitor.points.steps[0])
 
     def _tell(self, target: int, record: StepRecord, **details: Any) -> None:
         self._rewind.journal.event(

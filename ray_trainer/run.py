@@ -132,6 +132,7 @@ class Run:
         if self._limits.ends_epoch(self._progress):
             return True
         for record in self._loop.steps(self._sources.train):
+            self._save_requested |= self._loop.agreed.wants_save
             if self._loop.wants_rollback and self._roll_back(record):
                 return False
             self._after_step(record)
@@ -150,7 +151,6 @@ class Run:
         return self._has_gone_back
 
     def _after_step(self, record: StepRecord) -> None:
-        self._save_requested |= self._loop.agreed.wants_save
         self._recorder.step(record, self._loop.take_data_wait_s())
         for straggler in self._loop.agreed.stragglers:
             self._recorder.straggler(straggler)

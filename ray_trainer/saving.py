@@ -115,8 +115,11 @@ class Saver:
             saved_at_s=self.saved_at_s,
             owes_save=self._owes,
         )
-        own = {"hooks": audience.hooks.state_dict()}
-        SurvivorTier(memory).keep(self._state.state_dict(), own, self._meta_now(metrics), carried, self._manager)
+        try:
+            own = {"hooks": audience.hooks.state_dict()}
+            SurvivorTier(memory).keep(self._state.state_dict(), own, self._meta_now(metrics), carried, self._manager)
+        except Exception as error:  # the loss that is on its way matters more; others may have the state
+            logger.warning("The state of step %d can't be kept: %r", self._progress.step, error)
 
     @property
     def is_behind(self) -> bool:
@@ -126,7 +129,8 @@ class Saver:
     def due(self, moment: Moment) -> bool:
         """Whether the configured intervals ask for a checkpoint now, or one that failed is to be tried again."""
         is_asked = self._trigger.due(moment) or self._progress.elapsed_s >= self._retry_at_s
-        return self._is_on and (is_asked or self._owes)
+        is_owed = self._owes and self._pending is None  # one that a broken run had begun
+        return self._is_on and (is_asked or is_owed)
 
     def busy(self) -> Tier:
         """Where this rank's part of a checkpoint is on its way to; costs nothing where there is none."""

@@ -31,15 +31,16 @@ def explained(
     Args:
         error: what was raised.
         where: in words, such as ``step 12``.
-        batch_size: samples that are processed at once.
+        batch_size: samples that are processed at once; 0 where it was not in processing them.
         model: its size is told.
         optimizer: likewise.
     """
     taken = "; ".join(_sizes(model, optimizer))
-    samples = f"{batch_size} sample{'s' * (batch_size != 1)}"
+    samples = f", with {batch_size} sample{'s' * (batch_size != 1)} at once" if batch_size else ""
+    now = f" ({batch_size})" if batch_size else ""
     return MemoryShortageError(
-        f"Out of memory in {where}, with {samples} at once: {_first_line(error)}. {taken}. What to do:\n"
-        f"  - lower batch_size ({batch_size}), the samples of a worker that are processed at once; with "
+        f"Out of memory in {where}{samples}: {_first_line(error)}. {taken}. What to do:\n"
+        f"  - lower batch_size{now}, the samples of a worker that are processed at once; with "
         "global_batch_size set, steps stay what they are\n"
         "  - set on_out_of_memory to 'halve', which does that by itself when it is needed\n"
         "  - set precision to 'bf16-mixed', or parallelism to 'fsdp' to share model and optimizer among workers\n"

@@ -88,10 +88,12 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over all fields."""
+        """Take over all fields; what is known of memory stays known when a run goes back."""
+        known = {(step, pieces) for step, pieces in [*self.pieces, *state_dict.get("pieces", [])]}
         for item in fields(self):
-            if item.name != "pieces" or item.name in state_dict:  # checkpoints of 0.1 do not have it
+            if item.name != "pieces":  # which checkpoints of 0.1 do not have
                 setattr(self, item.name, state_dict[item.name])
+        self.pieces = [list(entry) for entry in sorted(known)]
 
 
 class TrainState:

@@ -175,7 +175,8 @@ class Trainer:
             with distributed.same_error_everywhere():
                 setup = self._set_up(train_data, val_data, saved)
             with self._placement.trial():
-                may_need_less = config.on_out_of_memory == "halve"
+                is_whole = self._placement.share is None  # else the pass communicates, and nobody may leave it alone
+                may_need_less = config.on_out_of_memory == "halve" and is_whole
                 try_first_batch(self.task, self.model, self.device, setup.sources, may_need_less)
             require_same_data(setup.data)
             interruption = self._carry_out(setup, saved, resume_from)
@@ -292,7 +293,7 @@ class Trainer:
             config=self.training_config.to_dict(),
             data_fingerprint=setup.data["train"]["fingerprint"],
             data=setup.data,
-            attempt=distributed.broadcast_object(journal.attempt),
+            attempt=journal.attempt,
         )
         audience = Audience(self.runtime, journal, self._hooks)
         return Saver(self.training_config, self.checkpoint_manager, state, self.progress, meta, audience, self._memory)

@@ -47,10 +47,9 @@ def connections_between_ranks(before: set[Connection]) -> set[Connection]:
 def hang_up(connections: set[Connection]) -> None:
     """Let the other ends know at once that nothing comes any more."""
     for connection in connections:
-        with suppress(OSError):
-            if _identity(connection.descriptor) == connection.identity:
-                with socket.socket(fileno=os.dup(connection.descriptor)) as end:
-                    end.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.descriptor)) as end:
+            if _identity(end.fileno()) == connection.identity:  # of the copy: the number may be another's by now
+                end.shutdown(socket.SHUT_RDWR)
 
 
 def _connection(descriptor: int) -> Connection | None:

@@ -2,8 +2,7 @@
 
 import logging
 import re
-import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -13,18 +12,18 @@ from ray.train import UserCallback
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint.catalog import newest_step
-from ray_trainer.cluster.retries import Repetitions, Retries
+from ray_trainer.cluster.retries import Episodes, Repetitions, Retries
 from ray_trainer.errors import (
     ConfigError,
     DataError,
     DivergenceError,
     LeaseLostError,
-    PreemptedError,
     RayTrainerError,
     RepeatedFailureError,
     StateMismatchError,
 )
 from ray_trainer.metrics import EventLog, read_events
+from ray_trainer.metrics.events import next_attempt
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -54,27 +53,27 @@ class FailureRecorder(UserCallback):
     def __init__(self, run: Storage, link: ActorHandle, max_failures: int, leaves_out: bool = False) -> None:
         self._run = run
         self._link = link
-        self._told_until = time.time()
+        self._hangs_told = 0
         self._retries = Retries(max_failures)
         self._leaves_out = leaves_out
         self._repetitions = Repetitions()
+        self._episodes = Episodes()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record the failure of workers, and end the run where another start would fail as well."""
         errors = causes(worker_exceptions)
-        preempted = next((error for error in errors.values() if isinstance(error, PreemptedError)), None)
-        if preempted is not None:
-            record(self._run, self._link, "preempted", reason=str(preempted))
-            return
         cause = describe_failures(worker_exceptions)
         for hang in self._new_hangs():
             self._link.announce.remote(hang)
         record(self._run, self._link, "failure", cause=cause, traceback=_tracebacks(worker_exceptions))
-        final = next(filter(None, map(final_error, worker_exceptions.values())), None) or self._hopeless(errors, cause)
+        final: RayTrainerError | None = next(filter(None, map(final_error, worker_exceptions.values())), None)
+        final = final or self._hopeless(errors, cause, worker_exceptions.keys())
         if final is not None:
             raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
 
-    def _hopeless(self, errors: Mapping[int, BaseException], cause: str) -> RepeatedFailureError | None:
+    def _hopeless(
+        self, errors: Mapping[int, BaseException], cause: str, ranks: Collection[int]
+    ) -> RepeatedFailureError | None:
         """Why the run will fail again, if it will."""
         again = self._repetitions.find(errors)
         if again is not None and not self._leaves_out:
@@ -83,7 +82,8 @@ class FailureRecorder(UserCallback):
                 f"{traceback.rstrip()}\n\nThis came twice at the same place, {step}, so it would come after every "
                 f"restart. Correct its cause and give the same command again: {what_is_kept(self._run)}"
             )
-        if self._retries.allow(furthest_step(self._run, self._link)):
+        is_new = self._episodes.is_new(_attempt(self._run), ranks)
+        if not is_new or self._retries.allow(furthest_step(self._run, self._link)):
             return None
         return RepeatedFailureError(
             f"The run failed again and again without getting any further: {cause}. Correct the cause, or raise "
@@ -93,11 +93,19 @@ class FailureRecorder(UserCallback):
 
     def _new_hangs(self) -> list[dict[str, Any]]:
         """Those that the monitors have recorded since the last failure."""
-        since, self._told_until = self._told_until, time.time()
         try:
-            return [row for row in read_events(self._run) if row["event"] == "hang" and float(row["time"]) > since]
+            hangs = [row for row in read_events(self._run) if row["event"] == "hang"]
         except OSError:
             return []  # what has happened is in the file all the same
+        new, self._hangs_told = hangs[self._hangs_told :], len(hangs)
+        return new
+
+
+def _attempt(run: Storage) -> int:
+    try:
+        return next_attempt(run)
+    except OSError:
+        return -1
 
 
 def record(run: Storage, link: ActorHandle, event: str, **details: Any) -> None:

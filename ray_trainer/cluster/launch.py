@@ -158,7 +158,9 @@ def _open_vault(cluster: ClusterConfig) -> RayVault | None:
 
 
 def _rejoining(cluster: ClusterConfig, training: TrainingConfig) -> Rejoining | None:
-    return Rejoining(open_rendezvous(), cluster.collective_timeout_s) if rejoins(cluster, training) else None
+    if not rejoins(cluster, training):
+        return None
+    return Rejoining(open_rendezvous(), cluster.collective_timeout_s, cluster.hang_floor_s is not None)
 
 
 def _named(cluster: ClusterConfig, training: TrainingConfig) -> ClusterConfig:

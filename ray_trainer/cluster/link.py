@@ -13,6 +13,11 @@ from ray_trainer.runtime import Stop
 EXCHANGE_INTERVAL_S = 0.5
 
 
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Where an actor goes that must not be lost with the head, on which Ray by itself puts what needs no CPU."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 def open_link() -> ActorHandle:
     """Start a link that lives as long as this driver.
 
@@ -46,9 +51,7 @@ def open_link() -> ActorHandle:
             """The last completed step that rank 0 has told of."""
             return int(self._progress.get("step", 0))
 
-    # beside its driver: by itself Ray puts what needs no CPU on the head, with which it would be lost
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Link).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(Link).remote()
 
 
 class WorkerLink:

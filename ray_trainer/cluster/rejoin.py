@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # as torch.distrib
 from ray_trainer import distributed
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.cluster.connections import Connection, connections_between_ranks, hang_up, open_connections
+from ray_trainer.cluster.link import beside_driver
 from ray_trainer.cluster.replacement import missing_interface
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import RunError
@@ -79,9 +80,14 @@ def open_rendezvous() -> ActorHandle:
             self._members, self._waiting, self._ended = present, {}, set()
             return self._number, self._members
 
-        def absent(self) -> list[Any]:
-            """The actors that were here, in any generation, and do not ask for the next one."""
-            return [card["actor"] for rank, card in self._known.items() if rank not in self._waiting]
+        def absent(self, have_ended: bool) -> list[Any]:
+            """The actors that were here, in any generation, and do not ask for the next one.
+
+            Args:
+                have_ended: only those that are done and never will ask.
+            """
+            absent = self._known.keys() - self._waiting.keys()
+            return [self._known[rank]["actor"] for rank in absent if rank in self._ended or not have_ended]
 
         def end(self, rank: int, size: int, number: int) -> bool | None:
             """Whether all ranks are done with a generation; False if one of them asks for the next instead."""
@@ -91,7 +97,7 @@ def open_rendezvous() -> ActorHandle:
             self._ended.add(rank)
             return True if len(self._ended) == size else None
 
-    return ray.remote(num_cpus=0, max_restarts=-1)(Rendezvous).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(Rendezvous).remote()
 
 
 def rejoins(cluster: ClusterConfig, training: TrainingConfig) -> bool:
@@ -118,10 +124,12 @@ class Rejoining:
     Attributes:
         rendezvous: where they meet.
         patience_s: how long they wait for each other there.
+        are_watched: a monitor ends those that hang, so that one that does not come is at work.
     """
 
     rendezvous: ActorHandle
     patience_s: float
+    are_watched: bool
 
     def run(self, train: Callable[[ProcessMemory], T]) -> T:
         """Train through all generations of this process.
@@ -210,14 +218,16 @@ class _Member:
     def _wait_for_others(self, store: TCPStore | None, deadline_s: float) -> tuple[int, dict[int, dict[str, Any]]]:
         address = (ray.util.get_node_ip_address(), store.port) if store is not None else None
         card = {"name": self._name, "address": address, "actor": ray.get_runtime_context().current_actor}
-        absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
+        began_s = time.monotonic()
+        absent_at_s = began_s + _APPEARS_WITHIN_S
+        late_s = began_s + (self._way.patience_s / 2 if self._way.are_watched else _APPEARS_WITHIN_S)
         while time.monotonic() < deadline_s:
             answer = self._ask("join", self._rank, self._size, self._generation, card)
             if answer is not None:
                 number, cards = answer
                 return int(number), cards
             if time.monotonic() > absent_at_s:
-                self._end_absent()
+                self._end_absent(have_ended=time.monotonic() < late_s)
                 absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
             time.sleep(_ASK_EVERY_S)
         raise RunError(
@@ -225,9 +235,9 @@ class _Member:
             "See the events of the run for what happened to them; cluster.collective_timeout_s is how long they wait."
         )
 
-    def _end_absent(self) -> None:
-        """End the workers that neither train nor come here: they hang, and Ray would not notice."""
-        for actor in self._ask("absent") or []:
+    def _end_absent(self, have_ended: bool) -> None:
+        """End the workers that do not come here: they are done, or hang, and Ray would not notice."""
+        for actor in self._ask("absent", have_ended) or []:
             logger.warning("Rank %d waits for a worker that does not answer any more: it is ended.", self._rank)
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)

@@ -5,7 +5,7 @@ same step again and again never will. So what is limited is not the number of fa
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ray_trainer.errors import RayTrainerError
 
@@ -38,6 +38,22 @@ class Retries:
             self._furthest, self._failures = step, 0
         self._failures += 1
         return self._limit < 0 or self._failures <= self._limit
+
+
+class Episodes:
+    """Tells a failure from what it does to other ranks, which may be seen a moment later."""
+
+    def __init__(self) -> None:
+        self._attempt = -1
+        self._ranks: set[int] = set()
+
+    def is_new(self, attempt: int, ranks: Collection[int]) -> bool:
+        """Whether ranks failed anew: in another attempt than the last that did, or for the second time in it."""
+        if attempt == self._attempt and self._ranks.isdisjoint(ranks):
+            self._ranks.update(ranks)
+            return False
+        self._attempt, self._ranks = attempt, set(ranks)
+        return True
 
 
 class Repetitions:

@@ -20,15 +20,16 @@ from ray_trainer.runtime import Stop
 from ray_trainer.storage import Storage
 
 POLL_INTERVAL_S = 0.25
+_LEAVES = "a node of the run is going to be taken away; all workers have saved and go on elsewhere"
 
 
 def run_to_end(
     trainer: Callable[[], TorchTrainer], storage: Storage, link: ActorHandle, watch: Watch, retries: Retries
 ) -> Outcome:
-    """Train until the run ends, through any number of losses of Ray's controller that had progress in between.
+    """Train until the run ends, through losses of Ray's controller that had progress in between, and of nodes.
 
-    The workers of a controller that is gone are ended; they can't save any more once the next ones have claimed the
-    run.
+    Workers that leave a node which is going to be taken away have saved; Ray starts none there any more. Those of a
+    controller that is gone are ended; they can't save any more once the next ones have claimed the run.
 
     Args:
         trainer: makes one anew for each start.
@@ -44,6 +45,9 @@ def run_to_end(
         mirror(storage, list_checkpoints(storage))
         start = _Start(trainer(), link, watch)
         ended = start.wait()
+        if isinstance(ended, Outcome) and ended.stop is Stop.PREEMPTION:
+            record(storage, link, "preempted", reason=_LEAVES)
+            continue
         if not isinstance(ended, ray.exceptions.RayActorError) or not retries.allow(furthest_step(storage, link)):
             mirror(storage, list_checkpoints(storage))
             return _outcome(ended, storage)

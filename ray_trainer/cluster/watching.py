@@ -17,6 +17,8 @@ from ray_trainer.runtime import Stop
 
 logger = logging.getLogger(__name__)
 
+_ANSWER_WITHIN_S = 30.0
+
 
 class Display(Protocol):
     """Something that shows a run while it lasts."""
@@ -51,11 +53,10 @@ class NoDisplay:
 def exchange(link: ActorHandle, watch: Watch) -> list[dict[str, Any]]:
     """Pass on what is new to who watches, and his wish to the workers; returns the events."""
     try:
-        progress, events = cast(
-            tuple[dict[str, Any], list[dict[str, Any]]], ray.get(link.take.remote(int(watch.wish())))
-        )
-    except ray.exceptions.RayActorError:
+        answer = ray.get(link.take.remote(int(watch.wish())), timeout=_ANSWER_WITHIN_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         return []  # it starts anew; the training does not need it
+    progress, events = cast(tuple[dict[str, Any], list[dict[str, Any]]], answer)
     watch.see(progress, events)
     return events
 

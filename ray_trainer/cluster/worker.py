@@ -20,7 +20,7 @@ from ray_trainer.cluster.retries import note_place
 from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.cluster.vault import RayVault
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import ConfigError, PreemptedError, RayTrainerError
+from ray_trainer.errors import ConfigError, RayTrainerError
 from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop
 from ray_trainer.seeding import set_random_seed
@@ -104,8 +104,6 @@ def _train(job: Job, datasets: dict[str, Any], survivor: ProcessMemory | None) -
     except Exception as error:
         note_place(error, traceback.format_exc(), trainer.progress.step if trainer else 0)
         raise
-    if runtime.stopped is Stop.PREEMPTION:
-        raise PreemptedError("a node of the run is going to be taken away; all workers have saved and go on elsewhere")
     return Outcome(results=results, error=None, stop=runtime.stopped)
 
 

@@ -41,11 +41,14 @@ def watch(assignment: Assignment) -> None:
         before = now
         stacks = watched.stacks() if hang is not None else None
         if hang is not None and stacks is not None:
-            end(assignment, hang, stacks, watched.thread)
+            report(assignment, hang, stacks, watched.thread)
+            if os.getppid() == assignment.pid and watched.is_still():  # recording may have taken a while
+                os.kill(assignment.pid, signal.SIGKILL)
+                os.kill(assignment.pid, signal.SIGCONT)
 
 
-def end(assignment: Assignment, hang: Hang, stacks: str, thread: int) -> None:
-    """Record a hang and end the worker.
+def report(assignment: Assignment, hang: Hang, stacks: str, thread: int) -> None:
+    """Tell of a hang, in the log and in the run's directory.
 
     Args:
         assignment: whose worker it is.
@@ -69,9 +72,6 @@ def end(assignment: Assignment, hang: Hang, stacks: str, thread: int) -> None:
         "last_lines": last,
     }
     _record({"storage": orders.storage, "step": hang.step, "details": details, "stacks": stacks})
-    if os.getppid() == assignment.pid:
-        os.kill(assignment.pid, signal.SIGKILL)
-        os.kill(assignment.pid, signal.SIGCONT)
 
 
 def _record(hang: dict[str, Any]) -> None:

@@ -15,6 +15,11 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _WAITING = ("/torch/distributed/", "/torch/nn/parallel/distributed.py", "/torch/autograd/graph.py")
 #: Places that wait for Ray, when they are among the innermost few.
 _RAY = re.compile(r"/(site|dist)-packages/ray/")
+#: Likewise for storage, a network or another process.
+_OUTSIDE = re.compile(
+    r"/(socket|ssl|selectors|threading|queue|subprocess|multiprocessing/(connection|queues))\.py$"
+    r"|/(ray_trainer/storage|pyarrow|urllib3|fsspec)/"
+)
 #: Places anywhere in a stack that take long now and then, and are none of a hang.
 _EXCUSED = (
     "/torch/_dynamo/convert_frame.py",
@@ -42,6 +47,7 @@ class Activity(enum.Enum):
 
     OWN = "in code of its own"
     WAITS = "waits for other ranks"
+    OUTSIDE = "waits for what is outside of the process"
     EXCUSED = "compiles, is debugged, or waits for Ray"
 
 
@@ -112,4 +118,6 @@ def activity(frames: tuple[Frame, ...]) -> Activity:
         return Activity.WAITS
     if any(_RAY.search(frame.file) for frame in frames[:3]):
         return Activity.EXCUSED
+    if any(_OUTSIDE.search(frame.file) for frame in frames[:3]):
+        return Activity.OUTSIDE
     return Activity.OWN

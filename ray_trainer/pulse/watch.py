@@ -15,6 +15,8 @@ from ray_trainer.pulse.verdict import Place
 
 #: Once a deadline has passed, a stack that stays the same for so long, or the floor, is that of a hang.
 SAME_FOR_S = 3.0
+#: The same where the stack says that it waits for storage, a network or another process, which may come back.
+OUTSIDE_FOR_S = 90.0
 _EXAMINATIONS = 3
 #: Not before so many seconds, a multiple of the time between two turns, is the interpreter held for good.
 _LOCKED_FOR_S = 3.0
@@ -106,6 +108,10 @@ class Watch:
         text = self._stacks.take()
         return text if self._board.read().beats == self._now.reading.beats else None
 
+    def is_still(self) -> bool:
+        """Whether it has given no sign of life since it was examined."""
+        return state_of(self._pid) == "T" or self._board.read().beats == self._now.reading.beats
+
     @property
     def thread(self) -> int:
         """The one that trains."""
@@ -139,6 +145,8 @@ class Watch:
         if does is Activity.WAITS and self._orders.world_size > 1:
             return self._ask()
         same_for_s = self._deadline_s() if now.was_at_work else self._same_for_s  # who works may take time
+        if does is Activity.OUTSIDE:
+            same_for_s = max(same_for_s, OUTSIDE_FOR_S)
         is_hung = now.same_s >= same_for_s and does is not Activity.EXCUSED
         return self._found("nothing changes in it, while it waits for nobody") if is_hung else None
 

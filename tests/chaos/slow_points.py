@@ -1,5 +1,6 @@
 """An experiment whose steps leave time to act: points in three classes, and a pause in each step."""
 
+import os
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ class Points(Dataset):
 
 class Pause(DefaultHooks):
     def on_batch_end(self, batch_idx: int, loss: float) -> None:
-        time.sleep(0.02)
+        time.sleep(float(os.environ.get("SLOW_POINTS_PAUSE_S", "0.02")))
 
 
 def build_model(config: SimpleNamespace) -> nn.Module:

@@ -37,12 +37,12 @@ TRAINING = {"batch_size": 4, "learning_rate": 1e-2, "log_every_n_steps": 1, "sav
 GRACE_S = 15
 
 
-def run_file(directory: Path) -> Path:
+def run_file(directory: Path, **changes: Any) -> Path:
     cluster = {"num_workers": 2, "name": "points", "storage_path": str(directory), "max_failures": 1}
     return write_run_file(
         directory / "run.yaml",
         experiment=f"{slow_points.__file__}:experiment",
-        training={"epochs": 1, **TRAINING},
+        training={"epochs": 1, **TRAINING, **changes},
         cluster=cluster,
     )
 
@@ -62,9 +62,8 @@ def test_run_survives_the_loss_of_its_controller_more_often_than_it_may_fail(tmp
         assert command.wait() == 0, command.output
 
     assert len(events(command.run_dir, "controller_lost")) == 2
-    assert [
-        event["step"] >= step - 20 for event, step in zip(events(command.run_dir, "resumed"), (50, 120), strict=True)
-    ]
+    first, second = (event["step"] for event in events(command.run_dir, "resumed"))
+    assert 30 <= first < 100 <= second
     assert_same_run(undisturbed, command.run_dir)
 
 
@@ -72,17 +71,17 @@ def test_lost_head_leaves_a_checkpoint_of_that_time_and_the_command_given_again_
     tmp_path, undisturbed, monkeypatch
 ):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", str(GRACE_S))
-    with training(run_file(tmp_path)) as command:
+    monkeypatch.setenv("SLOW_POINTS_PAUSE_S", "0.15")  # so that the run is not over when the head is missed
+    with training(run_file(tmp_path, save_every_n_steps=None)) as command:
         killed_at = command.wait_for_step(45)
         (head,) = [pid for pid in descendants(command.pid) if "gcs_server" in command_line(pid).split("\0")[0]]
         kill(head)
         assert command.wait() != 0
         command.wait_until_nothing_is_left()
 
-    saved_at = step_of(newest_checkpoint(command.run_dir))
-    if saved_at < slow_points.STEPS:
-        assert events(command.run_dir, "head_lost") != []
-        assert saved_at % 20 or saved_at > killed_at
+    assert len(events(command.run_dir, "head_lost")) == 1
+    assert killed_at < step_of(newest_checkpoint(command.run_dir)) < slow_points.STEPS  # nothing else asks for one
+    monkeypatch.delenv("SLOW_POINTS_PAUSE_S")
     with training(tmp_path / "run.yaml") as command:
         assert command.wait() == 0, command.output
     assert_same_run(undisturbed, command.run_dir)

@@ -41,35 +41,38 @@ def test_ranks_roll_back_together_as_if_the_batches_had_never_been_there(tmp_pat
 
 
 class Hungry(Network):
-    """Needs more memory than there is for more than two samples, on rank 1 from its third step on."""
+    """Needs more memory than there is for more than two samples, on rank 1 from some pass on."""
 
     passes = 0
+    since = 3
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         self.passes += int(self.training)
-        if self.training and len(features) > 2 and dist.get_rank() == 1 and self.passes >= 3:
+        if self.training and len(features) > 2 and dist.get_rank() == 1 and self.passes >= self.since:
             torch.empty(2**60, dtype=torch.uint8)
         return super().forward(features)
 
 
-def train_hungry(run_dir: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def train_hungry(run_dir: Path, since: int, changes: dict[str, Any]) -> dict[str, Any]:
+    Hungry.since = since
     experiments.Network = lambda norm: Hungry()
-    prepared = prepare(run_dir, size=48, batch_size=4, gradient_accumulation_steps=1, save_every_n_steps=2, **changes)
+    prepared = prepare(run_dir, batch_size=4, gradient_accumulation_steps=1, save_every_n_steps=2, **changes)
     outcome = carry_out(prepared)
     return {name: getattr(outcome, name) for name in ("weights", "optimizer", "history", "step")}
 
 
-def test_ranks_that_start_again_after_a_shortage_of_memory_on_one_take_smaller_pieces_on_all(tmp_path):
-    changes = {"on_out_of_memory": "halve"}
+@pytest.mark.parametrize(("num_ranks", "step"), [(2, 3), (3, 1)])  # three begin with a pass that is thrown away
+def test_ranks_that_start_again_after_a_shortage_of_memory_on_one_take_smaller_pieces_on_all(tmp_path, num_ranks, step):
+    changes = {"on_out_of_memory": "halve", "size": 24 * num_ranks}
 
-    first = exit_codes(2, train_hungry, tmp_path / "run", changes)
-    answers = on_ranks(2, train_hungry, tmp_path / "run", changes)
+    first = exit_codes(num_ranks, train_hungry, tmp_path / "run", step, changes)
+    answers = on_ranks(num_ranks, train_hungry, tmp_path / "run", step, changes)
 
     assert first[1] == 1
     assert_same(answers[0]["weights"], answers[1]["weights"])
     assert answers[0]["step"] == 12
     (event,) = events(tmp_path / "run", "out_of_memory")
-    assert (event["step"], event["rank"], event["pieces"], event["samples_at_once"]) == (3, 1, 2, 2)
+    assert (event["step"], event["rank"], event["pieces"], event["samples_at_once"]) == (step, 1, 2, 2)
 
 
 class Fragile(Network):

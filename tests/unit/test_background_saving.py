@@ -192,6 +192,14 @@ def test_run_saved_beside_training_equals_one_saved_at_once(tmp_path, everything
     assert all(row["stall_s"] < row["durable_s"] for row in saved)
 
 
+@pytest.mark.parametrize("overlapping_saves", ["skip", "wait"])
+def test_save_that_is_under_way_asks_for_no_other_one(tmp_path, everything_beside, overlapping_saves):
+    run(tmp_path, **STEPS | {"save_every_n_steps": 4, "overlapping_saves": overlapping_saves})
+
+    assert {row["step"] for row in events(tmp_path, "checkpoint_saved")} - {8} == {4, 10}
+    assert {row["step"] for row in events(tmp_path, "checkpoint_skipped")} <= {8}  # where that of step 4 takes long
+
+
 def test_run_broken_off_and_continued_with_writing_beside_it_ends_the_same(tmp_path, everything_beside):
     whole = run(tmp_path / "whole", **STEPS)
     for step in (3, 7):

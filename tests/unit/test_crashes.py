@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from experiments import assert_same, carry_out, events, prepare
 
-from ray_trainer.crashes import Mark
+from ray_trainer.crashes import BACKWARD, FORWARD, NOWHERE, Mark, to_blame
 from ray_trainer.data.crashing import CrashingSamples, without
 from ray_trainer.data.deal import Share
 from ray_trainer.errors import DataError
@@ -127,3 +127,26 @@ def test_mark_of_an_earlier_run_in_the_same_directory_says_nothing_of_a_fresh_on
     carry_out(start(tmp_path, bad=-1, epochs=1), resume_from=None)
 
     assert events(tmp_path, "batch_failed") == []
+
+
+def marks(*phases):
+    """One of each rank, all in the same step."""
+    return [Mark(1, 0, 4, 4, len(phases), rank, 0, phase) for rank, phase in enumerate(phases)]
+
+
+@pytest.mark.parametrize(
+    ("phases", "blamed"),
+    [
+        ((FORWARD, BACKWARD), [0]),
+        ((BACKWARD, BACKWARD), [0, 1]),
+        ((NOWHERE, BACKWARD), []),
+        ((NOWHERE, NOWHERE), []),
+        ((BACKWARD,), [0]),
+    ],
+)
+def test_rank_that_waited_for_one_that_died_elsewhere_is_not_to_blame(phases, blamed):
+    assert [mark.rank for mark in to_blame(marks(*phases))] == blamed
+
+
+def test_rank_in_the_backward_pass_is_not_blamed_where_nothing_is_known_of_the_others():
+    assert to_blame(marks(BACKWARD, BACKWARD)[:1]) == []

@@ -5,7 +5,7 @@ import traceback
 
 import pytest
 
-from ray_trainer.cluster.retries import Repetitions, Retries, note_place
+from ray_trainer.cluster.retries import Episodes, Repetitions, Retries, note_place
 from ray_trainer.errors import CheckpointError
 
 
@@ -51,6 +51,14 @@ def test_no_limit_is_no_limit():
     retries = Retries(-1)
 
     assert all(retries.allow(0) for _ in range(100))
+
+
+def test_failure_that_is_seen_on_one_rank_after_the_other_is_one():
+    episodes = Episodes()
+
+    seen = [episodes.is_new(attempt, ranks) for attempt, ranks in [(1, [0]), (1, [1]), (1, [1]), (2, [1]), (2, [0])]]
+
+    assert seen == [True, False, True, True, False]
 
 
 def test_same_error_at_the_same_place_and_step_is_known_again_whatever_it_says():

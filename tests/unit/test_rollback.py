@@ -108,6 +108,20 @@ def test_checkpoint_before_all_states_to_go_back_to_is_kept(tmp_path):
     assert [int(name[-8:]) for name in checkpoints(tmp_path)] == [5, 12]  # when 12 was saved: states of 8 and 10
 
 
+def test_run_resumed_between_two_points_keeps_the_checkpoint_that_it_may_have_to_go_back_to(tmp_path):
+    few = {"rollback_points_every_n_steps": 4, "save_every_n_steps": 1, "keep_last_n": 1, "keep_best_k": 0}
+    whole = carry_out(poisoned(tmp_path / "whole", [2], **BACK | few))
+    killed = poisoned(tmp_path / "killed", [2], **BACK | few)
+    killed.diary.act("on_checkpoint_saved", 6, kill)  # that of step 5, between the points 4 and 8
+    with pytest.raises(Killed):
+        carry_out(killed)
+
+    resumed = carry_out(poisoned(tmp_path / "killed", [2], **BACK | few))
+
+    assert windows(tmp_path / "killed", "storage") == windows(tmp_path / "whole")[-1:] == [(1, 8)]
+    assert_same(resumed, whole)
+
+
 def test_rollback_that_does_not_help_goes_back_further_and_ends_the_run_at_last(tmp_path):
     prepared = poisoned(tmp_path, [4, 5, 6, 7], size=28, max_rollbacks=3, **BACK)
 

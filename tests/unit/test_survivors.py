@@ -42,6 +42,17 @@ def test_rows_of_the_newest_step_stay_when_the_others_are_on_storage():
     assert [(row["step"], row["split"]) for row in recent.rows()] == [(8, "train"), (8, "val")]
 
 
+def test_rows_of_steps_that_come_again_are_forgotten():
+    recent = RecentRows(10)
+    for step in (8, 9, 10):
+        recent.add({"step": step})
+
+    recent.forget_after(8)
+    recent.add({"step": 9})
+
+    assert [row["step"] for row in recent.rows()] == [8, 9]
+
+
 @given(rows=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), max_size=20))
 def test_sums_that_come_with_each_step_have_the_bits_of_those_that_are_gathered_later(rows):
     later = MetricSums(1, gather=lambda mine: torch.stack([mine, others]))
@@ -146,6 +157,19 @@ def test_step_that_is_broken_off_is_undone_in_every_buffer(num_steps):
 
     assert statistics.are_complete()
     assert_same(dict(model.state_dict()), before)
+
+
+def test_buffer_that_is_written_without_a_trace_is_undone_as_well():
+    model = Counting()
+    statistics = RunningStatistics(model, keeps_others=True)
+    for _ in range(2):
+        statistics.remember()
+        model.passes.data.add_(1)  # its version stays what it was
+
+    statistics.undo()
+
+    assert statistics.are_complete()
+    assert model.passes == 1
 
 
 @pytest.mark.parametrize(
