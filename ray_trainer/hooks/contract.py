@@ -105,7 +105,8 @@ class TrainingHooks(Protocol):
     save → epoch end → end. Hooks observe: an exception in one ends the training as any other does.
 
     A hook with state adds ``state_dict()``, which returns plain data and tensors, and
-    ``load_state_dict(state)``; its state is then a part of every checkpoint.
+    ``load_state_dict(state)``; its state is then a part of every checkpoint. On a cluster, a worker that replaces
+    one that died goes on with the state of a survivor's hooks.
     """
 
     def on_training_start(self) -> None:
