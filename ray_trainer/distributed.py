@@ -178,6 +178,16 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
+def gather_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor of every rank, in rank order. Collective: all ranks pass the same shape, type and kind of device."""
+    if world_size() == 1:
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(world_size())]
+    with pulse.during(pulse.Phase.EXCHANGE):
+        dist.all_gather(gathered, tensor)
+    return gathered
+
+
 @contextmanager
 def same_error_everywhere() -> Iterator[None]:
     """Let all ranks raise what the first failing one raised in the block. Collective at its end.
@@ -204,6 +214,12 @@ def _portable(error: Exception) -> RayTrainerError:
     if isinstance(error, RayTrainerError):
         return error
     return RunError(f"rank {rank()}: {type(error).__name__}: {error}")
+
+
+def share_model(model: nn.Module) -> None:
+    """Let all ranks begin with the parameters and buffers of rank 0. Collective."""
+    if world_size() > 1:
+        broadcast_all([*model.parameters(), *model.buffers()], source=0)
 
 
 def wrap_model(model: nn.Module, device: torch.device, broadcasts_buffers: bool = True) -> nn.Module:

@@ -15,10 +15,19 @@ from ray_trainer.task import Task
 class ValidationLoop:
     """Measures the model on validation data without leaving a trace in it or in any generator."""
 
-    def __init__(self, forward: Forward, task: Task, runtime: Runtime) -> None:
+    def __init__(self, forward: Forward, task: Task, runtime: Runtime, in_order: bool = False) -> None:
+        """Prepare to measure.
+
+        Args:
+            forward: the model.
+            task: says what is measured.
+            runtime: knows of wishes to stop.
+            in_order: add up micro-batches in their order in the data, whichever rank has which; their places are told.
+        """
         self._forward = forward
         self._task = task
         self._runtime = runtime
+        self._in_order = in_order
         self.stop = Stop.NONE
 
     def run(self, source: BatchSource) -> dict[str, float] | None:
@@ -39,18 +48,25 @@ class ValidationLoop:
 
     def _totals(self, source: BatchSource) -> list[float] | None:
         rows: list[tuple[torch.Tensor | int, ...]] = []  # read at the end: no wait for the device before
-        for step_batch in source.steps(epoch=0):
+        places: list[tuple[int, int]] = []
+        for step, step_batch in enumerate(source.steps(epoch=0)):
             pulse.beat(Phase.VALIDATION)
             rows += self._measure_all(step_batch)
+            places += [(step, place) for place in step_batch.places]
             self._agree_on_stop()
             if self.stop is not Stop.NONE:
                 return None
         pulse.beat(Phase.OTHER)  # a device computes all that it was given meanwhile
-        totals = [0.0] * (2 + 2 * len(self._task.metric_names))
-        for row in rows:
-            totals = [total + float(value) for total, value in zip(totals, row, strict=True)]
-        ranks = distributed.gather_rows(torch.tensor([totals], dtype=torch.float64))[:, 0].tolist()
-        return [sum(column) for column in zip(*ranks, strict=True)]
+        values = [[float(value) for value in row] for row in rows]
+        if self._in_order:
+            ranks = distributed.gather_objects(list(zip(places, values, strict=True)))
+            return self._added([row for _, row in sorted(row for of_rank in ranks for row in of_rank)])
+        mine = torch.tensor([self._added(values)], dtype=torch.float64)
+        return self._added(distributed.gather_rows(mine)[:, 0].tolist())
+
+    def _added(self, rows: list[list[float]]) -> list[float]:
+        zeros = [0.0] * (2 + 2 * len(self._task.metric_names))
+        return [sum(column) for column in zip(zeros, *rows, strict=True)]
 
     def _measure_all(self, step_batch: StepBatch) -> list[tuple[torch.Tensor | int, ...]]:
         num_real = len(step_batch.micro_batches) if step_batch.num_samples else 0

@@ -53,6 +53,9 @@ class Forward:
         dtype = getattr(torch, config.autocast_dtype) if config.autocast_dtype else None
         if fsdp.is_sharded(model):
             return cls(model, model, device, dtype, is_sharded=True)
+        if config.determinism == "elastic":
+            distributed.share_model(model)
+            return cls(model, model, device, dtype)  # gradients are exchanged by the loop
         return cls(model, wrap_model(model, device, broadcasts_buffers), device, dtype)
 
     def precision(self) -> AbstractContextManager[object]:

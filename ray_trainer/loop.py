@@ -26,6 +26,7 @@ from ray_trainer.seeding import seed_step
 from ray_trainer.shortage import explained
 from ray_trainer.state import Progress
 from ray_trainer.task import BatchResult, Task
+from ray_trainer.task.results import joined, row_of, weightless
 
 
 class Watch(Protocol):
@@ -91,9 +92,10 @@ class TrainingLoop:
         self._watch = watch
         self._needs_loss = monitor.needs_loss
         self._rank = distributed.rank()
-        self._world_size = distributed.world_size()
-        self._statistics = RunningStatistics(forward.model, keeps_others=self._world_size > 1)
-        self._buckets_settled = self._world_size <= 2 or forward.is_sharded
+        world_size = distributed.world_size()
+        self._averaged_over = world_size  # by the exchange of gradients
+        self._statistics = RunningStatistics(forward.model, keeps_others=world_size > 1)
+        self._buckets_settled = world_size <= 2 or forward.is_sharded
         self._is_replicated = runtime.survivor is not None
         self.agreed = Agreed()
         self.wants_rollback = False
@@ -137,9 +139,9 @@ class TrainingLoop:
             self._watch.failed(error)
             raise
         try:
-            row = _row(results)
+            row = row_of(results)
             agreed = self.agreed = self._agree(results, row, step_batch.num_samples)
-            mean_count = agreed.count / self._world_size  # the exchange of gradients has averaged the ranks' sums
+            mean_count = agreed.count / self._averaged_over
             norm = float(self._accumulator.norm(mean_count))  # the one wait for the device: a verdict comes first
         except BaseException:
             self._break_off()
@@ -217,27 +219,27 @@ class TrainingLoop:
         results: list[BatchResult] = []
         for micro_batch in earlier:
             with self._forward.without_sync():
-                results.append(self._forward_and_backward(micro_batch, len(results), num_real))
-        results.append(self._forward_and_backward(last, len(results), num_real))
+                results.append(self._forward_and_backward(micro_batch, len(results) // pieces, len(results) < num_real))
+        results.append(self._forward_and_backward(last, len(results) // pieces, len(results) < num_real))
         self._watch.leave()
         self.batch_losses = [result.loss for result in results[: len(batches)]]
         if parts is not None:
             losses = iter(self.batch_losses)
-            self.batch_losses = [_joined([next(losses) for _ in part]) for part in parts]
+            self.batch_losses = [joined([next(losses) for _ in part]) for part in parts]
         return results
 
     def _pieces(self, step_batch: StepBatch) -> int:
         """In how many pieces a micro-batch is processed; a stand-in is not cut."""
         return self._progress.pieces_now if step_batch.num_samples else 1
 
-    def _forward_and_backward(self, micro_batch: Batch, place: int, num_real: int) -> BatchResult:
-        whole = place // self._progress.pieces_now  # of which this is a piece
-        self._watch.enter(whole)
+    def _forward_and_backward(self, micro_batch: Batch, index: int, counts: bool = True) -> BatchResult:
+        """Both passes of a micro-batch of this rank, or of a piece of it; one that counts for nothing stands in."""
+        self._watch.enter(index)
         pulse.beat(Phase.FORWARD)
         result = self._evaluate(micro_batch)
-        self._watch.enter_backward(whole)
-        if place >= num_real:
-            result = _weightless(result)
+        self._watch.enter_backward(index)
+        if not counts:
+            result = weightless(result)
         pulse.beat(Phase.BACKWARD)
         self._accumulator.backward(result.loss.sum)
         return result
@@ -297,22 +299,3 @@ class TrainingLoop:
     def restart_clock(self) -> None:
         """Training starts now: set-up does not count as time of the first step."""
         self._exchange.restart_clock()
-
-
-def _joined(losses: list[LossResult]) -> LossResult:
-    """The loss of a micro-batch that was processed in pieces."""
-    return LossResult(sum(loss.sum for loss in losses[1:]) + losses[0].sum, sum(loss.count for loss in losses))
-
-
-def _weightless(result: BatchResult) -> BatchResult:
-    """The result of a stand-in batch, which counts for nothing."""
-    loss = LossResult(result.loss.sum * 0.0, 0)
-    return BatchResult(loss, tuple((metric * 0, 0) for metric, _ in result.metrics))
-
-
-def _row(results: list[BatchResult]) -> tuple[torch.Tensor | int, ...]:
-    """Loss sum and count and each metric's, over the micro-batches of a step."""
-    rows = [(r.loss.sum.detach(), r.loss.count, *(value for pair in r.metrics for value in pair)) for r in results]
-    if len(rows) == 1:
-        return rows[0]
-    return tuple(sum(column[1:], start=column[0]) for column in zip(*rows, strict=True))

@@ -218,6 +218,7 @@ def train_plan(config: TrainingConfig, global_batch_size: int) -> BatchPlan:
         drop_last=config.drop_last,
         num_loader_workers=config.num_loader_workers,
         limit_batches=config.limit_train_batches,
+        deals_whole=config.determinism == "elastic",
     )
     return replace(plan, limit_batches=plan.micro_batches_a_step) if config.fast_dev_run else plan
 

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import require_same_data
 from ray_trainer.crashes import Crashes
 from ray_trainer.data import BatchSource, UniversalDataModule
+from ray_trainer.elastic import ElasticLoop
 from ray_trainer.errors import ConfigError
 from ray_trainer.evaluation import ValidationLoop
 from ray_trainer.forward import Forward
@@ -314,7 +316,9 @@ class Trainer:
     ) -> Run:
         halving = Halving(self.training_config, self.progress, books.journal)
         halving.recall(self.runtime.storage)
-        loop = TrainingLoop(
+        is_elastic = self.training_config.determinism == "elastic"
+        most = setup.sources.micro_batches_a_step
+        loop = (partial(ElasticLoop, micro_batches_a_step=most) if is_elastic else TrainingLoop)(
             forward,
             self.task,
             accumulator=self.gradient_accumulator,
@@ -327,7 +331,7 @@ class Trainer:
             may_retry=halving.take,
             watch=crashes,
         )
-        validation = ValidationLoop(forward, self.task, self.runtime)
+        validation = ValidationLoop(forward, self.task, self.runtime, in_order=is_elastic)
         rollback = Rollback(self.gradient_monitor, recorder, rewind)
         every_n_steps = self.training_config.compare_replicas_every_n_steps
         replicas = Replicas(every_n_steps, self.model, self.progress, rewind)

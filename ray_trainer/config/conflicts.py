@@ -31,6 +31,18 @@ def no_replicas(config: Any) -> str | None:
     return None
 
 
+def not_elastic(config: Any) -> str | None:
+    """What depends on the number of workers."""
+    if config.determinism != "elastic":
+        return None
+    if config.parallelism == "fsdp":
+        return "= 'elastic' needs the whole model on each worker; set parallelism to 'ddp', or leave determinism out"
+    limits = [name for name in ("limit_train_batches", "limit_val_batches") if getattr(config, name) is not None]
+    if limits:
+        return f"= 'elastic' does not go together with {' and '.join(limits)}, of which each worker takes its own part"
+    return None
+
+
 def wrong_mode(config: Any) -> str | None:
     """The worst would be taken for the best."""
     quantity = config.monitor.replace("/", "_").rpartition("_")[2]

@@ -105,6 +105,10 @@ class TrainingConfig(Section):
     deterministic: bool = False
     """Whether torch must use deterministic algorithms and fail where it has none."""
 
+    determinism: Literal["world", "elastic"] = "world"
+    """For what the result of a run is the same to the last bit: "world": the same number of workers; "elastic": any
+    number, because micro-batches are dealt out whole and added up in one order. That exchanges gradients only after
+    the backward pass, and keeps at most global_batch_size / batch_size workers busy."""
     shuffle: bool = True
     """Whether each epoch has an order of its own, drawn from `random_seed`."""
     drop_last: bool = False
@@ -212,6 +216,7 @@ class TrainingConfig(Section):
         Rule(("use_amp", "precision"), conflicts.amp_contradicts),
         Rule(("compile_mode", "parallelism"), conflicts.compiles_shards),
         Rule(("compare_replicas_every_n_steps", "parallelism"), conflicts.no_replicas),
+        Rule(("determinism", "parallelism", "limit_train_batches", "limit_val_batches"), conflicts.not_elastic),
         Rule(("mode", "monitor"), conflicts.wrong_mode),
         Rule(
             ("early_stopping_patience", "validate_every_n_epochs", "validate_every_n_steps", "monitor"),

@@ -19,10 +19,12 @@ class StepBatch(NamedTuple):
         micro_batches: in order, each of at most ``batch_size`` samples; never empty.
         num_samples: samples that count. 0 where there are fewer samples than ranks: one stand-in batch is
             given then, so that the rank takes part in the step, and it has to count with weight zero.
+        places: of each micro-batch in the global batch, from 0; told where micro-batches are dealt out whole.
     """
 
     micro_batches: list[Batch]
     num_samples: int
+    places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class BatchPlan:
         drop_last: leave out the samples that do not fill the last global batch.
         num_loader_workers: processes that read ahead, where reading in processes pays.
         limit_batches: at most so many micro-batches a rank in an epoch; None reads everything.
+        deals_whole: cut the global batch into micro-batches first and deal those out, so that each is the same
+            whatever the number of ranks; else a rank cuts its own part.
     """
 
     batch_size: int
@@ -50,10 +54,11 @@ class BatchPlan:
     drop_last: bool = False
     num_loader_workers: int = 0
     limit_batches: int | None = None
+    deals_whole: bool = False
 
     @property
     def micro_batches_a_step(self) -> int:
-        """Of a rank, in a full step."""
+        """Of the rank that has most of them, in a full step."""
         return -(-self.global_batch_size // (self.batch_size * self.world_size))
 
     def __post_init__(self) -> None:

@@ -51,10 +51,11 @@ def _without(
             yield share
             continue
         gone = np.unique(np.concatenate(rows))
-        left = [indices[~np.isin(indices, gone)] for indices in share.micro_batches]
-        left = [indices for indices in left if len(indices)]
+        kept = [indices[~np.isin(indices, gone)] for indices in share.micro_batches]
+        left = [indices for indices in kept if len(indices)]
+        places = tuple(place for place, indices in zip(share.places, kept, strict=False) if len(indices))
         num_left = sum(len(indices) for indices in left) if share.num_samples else 0
-        yield Share(left, num_left) if num_left else Share([_first_besides(gone, num_rows)], 0)
+        yield Share(left, num_left, places) if num_left else Share([_first_besides(gone, num_rows)], 0)
 
 
 def _first_besides(gone: Indices, num_rows: int) -> Indices:

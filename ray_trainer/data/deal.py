@@ -12,10 +12,11 @@ _READ_ORDER_AHEAD = 16384
 
 
 class Share(NamedTuple):
-    """One rank's indices in a step, a micro-batch each, and how many of them count."""
+    """One rank's indices in a step, a micro-batch each, how many of them count, and see `StepBatch.places`."""
 
     micro_batches: list[Indices]
     num_samples: int
+    places: tuple[int, ...] = ()
 
 
 class Deal:
@@ -72,14 +73,25 @@ class Deal:
 
 
 def share_of(global_batch: Indices, plan: BatchPlan) -> Share:
-    """The rank's part as `numpy.array_split` cuts it, in micro-batches; a stand-in if there is none."""
-    each, extra = divmod(len(global_batch), plan.world_size)
-    begin = plan.rank * each + min(plan.rank, extra)
-    count = each + (plan.rank < extra)
-    if not count:
+    """The rank's part, in micro-batches; a stand-in if there is none."""
+    size = plan.batch_size
+    if plan.deals_whole:
+        first, last = _part(-(-len(global_batch) // size), plan)
+        begin, end = first * size, min(last * size, len(global_batch))
+        places = tuple(range(first, last))
+    else:
+        begin, end = _part(len(global_batch), plan)
+        places = ()
+    if begin >= end:
         return Share([global_batch[:1]], 0)
-    size, end = plan.batch_size, begin + count
-    return Share([global_batch[at : min(at + size, end)] for at in range(begin, end, size)], count)
+    return Share([global_batch[at : min(at + size, end)] for at in range(begin, end, size)], end - begin, places)
+
+
+def _part(count: int, plan: BatchPlan) -> tuple[int, int]:
+    """First and end of what the rank gets of ``count`` things, as `numpy.array_split` cuts them."""
+    each, extra = divmod(count, plan.world_size)
+    begin = plan.rank * each + min(plan.rank, extra)
+    return begin, begin + each + (plan.rank < extra)
 
 
 def _samples_of_an_epoch(available: int, plan: BatchPlan) -> int:

@@ -103,7 +103,8 @@ class OrderedSource:
     def _read_here(self, shares: Iterator[Share], epoch: int) -> Iterator[StepBatch]:
         fetch = self._dataset.fetch
         for share in shares:
-            yield StepBatch([fetch(indices, epoch) for indices in share.micro_batches], share.num_samples)
+            micro_batches = [fetch(indices, epoch) for indices in share.micro_batches]
+            yield StepBatch(micro_batches, share.num_samples, share.places)
 
     def _read_in_processes(self, shares: Iterator[Share], epoch: int) -> Iterator[StepBatch]:
         ahead, now = tee(shares)
@@ -115,7 +116,7 @@ class OrderedSource:
             except Exception as error:
                 traceback.clear_frames(error.__traceback__)  # they refer to the loader: see there
                 raise
-            yield StepBatch(micro_batches, share.num_samples)
+            yield StepBatch(micro_batches, share.num_samples, share.places)
 
     @cached_property
     def _requests(self) -> "_Requests":

@@ -92,7 +92,8 @@ class StreamSource:
         while micro_batches := list(islice(batches, self._batches_per_step)):
             first += len(micro_batches)
             self._position = (epoch, first)
-            yield StepBatch(micro_batches, sum(count_samples(batch) for batch in micro_batches))
+            num_samples = sum(count_samples(batch) for batch in micro_batches)
+            yield StepBatch(micro_batches, num_samples, tuple(range(len(micro_batches))))
         if first == 0:
             raise DataError(f"{self._name} is empty: it gave no batch in epoch {epoch}.")
 

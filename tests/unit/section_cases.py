@@ -77,6 +77,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
                 "on_out_of_memory",
                 "overlapping_saves",
                 "parallelism",
+                "determinism",
             ],
             CHOICE,
         ),

@@ -51,6 +51,8 @@ def test_settings_of_the_cluster_and_the_model_are_sent_there():
     [
         ({"use_amp": False, "precision": "bf16-mixed"}, "use_amp", "set precision to 'fp32'"),
         ({"max_time": "00:00:00"}, "max_time", "no time at all"),
+        ({"determinism": "elastic", "parallelism": "fsdp"}, "determinism", "set parallelism to 'ddp'"),
+        ({"determinism": "elastic", "limit_val_batches": 2}, "determinism", "together with limit_val_batches"),
         ({"monitor": "val_accuracy"}, "mode", "set mode to 'max'"),
         ({"monitor": "train_loss", "mode": "max"}, "mode", "set mode to 'min'"),
         (

@@ -111,6 +111,14 @@ def test_rank_whose_samples_are_all_gone_takes_part_with_another_one_that_counts
     assert ([part.tolist() for part in third.micro_batches], third.num_samples) == ([[2]], 0)
 
 
+def test_micro_batches_keep_their_places_where_one_is_gone():
+    shares = [Share([np.array([4, 5]), np.array([6]), np.array([7])], 4, (3, 4, 5))]
+
+    (share,) = without(iter(shares), [CrashingSamples(0, 0, np.array([5, 6]))], epoch=0, start=0, num_rows=8)
+
+    assert ([part.tolist() for part in share.micro_batches], share.places) == ([[4], [7]], (3, 5))
+
+
 def test_samples_are_left_out_from_their_step_on_only():
     shares = [Share([np.array([4, 5])], 2), Share([np.array([5, 4])], 2)]
 
