@@ -1,15 +1,16 @@
-"""A run that was begun on two workers is continued on one. What is the same then, and what is not?
+"""A run that was begun on two workers is continued on one, and ends with the same weights, bit for bit.
 
 Run it with ``python examples/fewer_workers.py``. It compares a run that stays on two workers with one that loses the
-second of them half way:
+second of them half way. ``determinism: elastic`` makes the number of workers a matter of time alone: the global batch
+is cut into micro-batches that are the same whoever computes them, dropout included, and their gradients are added up
+in one order.
 
-- The same: each step takes the same samples, epochs end at the same step, and the learning rate takes the same course.
-  The global batch belongs to the run: one worker does in two micro-batches what two did in one each.
-- Not the same: the last bits. Two workers add up their gradients in another order than one does, and floating-point
-  sums depend on the order. What is drawn at random on each worker, such as dropout, is drawn anew as well, so there
-  is none in this network.
+With ``--determinism world``, the default elsewhere, steps take the same samples as well, and the learning rate takes
+the same course. But two workers add up their gradients in another order than one does, and draw other numbers for
+dropout, so the weights differ.
 """
 
+import argparse
 import json
 import tempfile
 from dataclasses import replace
@@ -26,7 +27,7 @@ from ray_trainer.cluster import ClusterConfig, fit
 
 
 def build_model(config: SimpleNamespace) -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, 10))
 
 
 def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, TensorDataset]:
@@ -55,16 +56,17 @@ def steps_of(run_dir: str) -> list[dict[str, float]]:
     return [row for row in rows if row["split"] == "train"]
 
 
-def main(directory: str) -> dict[str, float]:
+def main(directory: str, determinism: str = "elastic") -> dict[str, float]:
     """What came of it: 0 where the runs are equal, else the greatest difference."""
+    config = replace(training, determinism=determinism)
 
     def cluster(name: str, num_workers: int) -> ClusterConfig:
         return ClusterConfig(num_workers=num_workers, name=name, storage_path=directory)
 
-    whole = fit(experiment, training, cluster("two workers", 2))
+    whole = fit(experiment, config, cluster("two workers", 2))
 
-    fit(experiment, replace(training, max_steps=100), cluster("then one", 2))  # stops in the second epoch
-    shrunk = fit(experiment, training, cluster("then one", 1))  # the same name continues the run
+    fit(experiment, replace(config, max_steps=100), cluster("then one", 2))  # stops in the second epoch
+    shrunk = fit(experiment, config, cluster("then one", 1))  # the same name continues the run
 
     ours, theirs = steps_of(whole.run_dir), steps_of(shrunk.run_dir)
     differences = {
@@ -77,6 +79,9 @@ def main(directory: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--determinism", choices=["elastic", "world"], default="elastic")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        for name, difference in main(directory).items():
+        for name, difference in main(directory, arguments.determinism).items():
             print(f"{name:>13}: {f'differs by at most {difference:.1e}' if difference else 'the same'}")

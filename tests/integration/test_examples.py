@@ -163,9 +163,7 @@ def test_killed_worker_leaves_no_trace_in_the_weights(tmp_path, ray_of_examples,
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_run_on_fewer_workers_differs_in_its_last_bits_alone(tmp_path, ray_of_examples):
+def test_run_on_fewer_workers_ends_with_the_same_bits(tmp_path, ray_of_examples):
     differences = defined_in("fewer_workers")["main"](str(tmp_path))
 
-    assert [name for name, difference in differences.items() if not difference] == ["step", "epoch", "learning_rate"]
-    assert differences["loss"] < 1e-4
-    assert differences["weights"] < 1e-5
+    assert differences == dict.fromkeys(["step", "epoch", "learning_rate", "loss", "weights"], 0)
