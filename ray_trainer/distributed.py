@@ -178,14 +178,10 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
-def gather_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor of every rank, in rank order. Collective: all ranks pass the same shape, type and kind of device."""
-    if world_size() == 1:
-        return [tensor]
-    gathered = [torch.empty_like(tensor) for _ in range(world_size())]
+def gather_into(gathered: list[torch.Tensor], tensor: torch.Tensor) -> None:
+    """Overwrite tensors with those of the ranks, in their order. Collective: shape and type are equal on all ranks."""
     with pulse.during(pulse.Phase.EXCHANGE):
         dist.all_gather(gathered, tensor)
-    return gathered
 
 
 @contextmanager
