@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -78,6 +77,8 @@ def build_model(config: SimpleNamespace) -> nn.Module:
 
 
 def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, TensorDataset]:
+    from sklearn.datasets import load_digits  # only here: workers do not need it
+
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     inputs, targets = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]

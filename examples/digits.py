@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import ray.data
-from sklearn.datasets import load_digits
 from torch import nn
 
 from ray_trainer import Experiment, TaskSpec, TrainingConfig
@@ -33,6 +32,8 @@ def scale(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, ray.data.Dataset]:
+    from sklearn.datasets import load_digits  # only here: workers do not need it
+
     images, labels = load_digits(return_X_y=True)
     rows = [{"image": image.reshape(8, 8), "label": int(label)} for image, label in zip(images, labels, strict=True)]
     order = np.random.default_rng(0).permutation(len(rows))

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -31,6 +30,8 @@ def build_model(config: SimpleNamespace) -> nn.Module:
 
 
 def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, TensorDataset]:
+    from sklearn.datasets import load_digits  # only here: workers do not need it
+
     images, labels = load_digits(return_X_y=True)
     return {"train": TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))}
 

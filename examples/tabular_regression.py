@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +17,8 @@ from ray_trainer import Experiment, TaskSpec, TrainingConfig
 
 
 def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[str, TensorDataset]:
+    from sklearn.datasets import load_diabetes  # only here: workers do not need it
+
     features, progression = load_diabetes(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(features))
     train, val = order[88:], order[:88]

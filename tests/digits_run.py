@@ -1,21 +1,20 @@
-"""The example with digits as a run that is killed on the way, and what an undisturbed one leaves."""
+"""A run on the digits that is killed on the way."""
 
 from pathlib import Path
 from typing import Any
 
 from cluster_runs import write_run_file
 
-DIGITS = Path(__file__).parents[1] / "examples" / "digits.py"
+DIGITS = Path(__file__).with_name("digits_experiment.py")
 STEPS_AN_EPOCH, EPOCHS = 45, 6  # 1,437 images, 32 a step
 KILL_AT_STEP = 50  # after the checkpoint of step 40, in the second epoch
 
 
 def digits(directory: Path, save_every: int = 20, **cluster: Any) -> Path:
-    """The example, logged at each step and saved in the middle of epochs only."""
+    """Logged at each step and saved in the middle of epochs only."""
     return write_run_file(
         directory / "digits.yaml",
         experiment=f"{DIGITS}:experiment",
-        model={"width": 32},
         training={
             "epochs": EPOCHS,
             "batch_size": 16,
