@@ -19,6 +19,7 @@ from ray_trainer.errors import CheckpointError
 from ray_trainer.storage import Storage
 from ray_trainer.storage.beside import ProcessBeside
 from ray_trainer.storage.sealing import FileInMemory, WriteFiles
+from ray_trainer.triggers import Backoff
 
 STEPS = {"save_every_n_steps": 1, "save_every_n_epochs": None}
 
@@ -238,7 +239,7 @@ def test_save_that_comes_too_early_is_skipped_and_told_and_the_last_one_is_never
 
 
 def test_save_that_fails_again_and_again_ends_the_run_only_after_the_configured_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_trainer.saving._FIRST_RETRY_S", 0.0)
+    monkeypatch.setattr(Backoff, "FIRST_S", 0.0)
     prepared = prepare(tmp_path, max_failed_saves=3, **STEPS)
 
     class Refusing(Storage):
