@@ -94,7 +94,8 @@ class BackgroundWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        return self._started().result()
+        assert self._process is not None  # a job was begun
+        return self._process.result()  # of the very process that was given it, also where that has ended
 
     def close(self) -> None:
         """End the process and free the memory; a job in progress is given up."""

@@ -170,6 +170,8 @@ def test_checkpoint_whose_writer_was_killed_fails_and_the_next_one_is_whole(tmp_
     os.kill(writer, signal.SIGSTOP)
     commit = checkpoints_of.begin(big_state(1.0), {}, CheckpointMeta(epoch=0, step=2))
     os.kill(writer, signal.SIGKILL)
+    os.waitid(os.P_PID, writer, os.WEXITED | os.WNOWAIT)  # it is gone before anybody asks for its result
+    assert commit.is_done()
     with pytest.raises(CheckpointError, match="exit code -9"):
         checkpoints_of.finish(commit)
 
