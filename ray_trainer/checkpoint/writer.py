@@ -75,14 +75,14 @@ class BackgroundWriter:
         self._error = None
         try:
             self._write(directory, images)
-        except OSError as error:  # memory or processes ran out: the save fails, training goes on
+        except Exception as error:  # as when memory runs out; raised with the result, on all ranks
             self._error = error
 
     def seal(self, seal: Seal) -> None:
         """See `Writer`."""
         try:
             self._started().submit(seal)
-        except OSError as error:
+        except Exception as error:  # as above
             self._error = error
 
     def is_done(self) -> bool:

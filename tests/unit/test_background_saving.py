@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ray_trainer.checkpoint.arena import Arena
 from ray_trainer.errors import CheckpointError
 from ray_trainer.storage import Storage
 from ray_trainer.storage.beside import ProcessBeside
+from ray_trainer.storage.fence import NoFence
 from ray_trainer.storage.sealing import FileInMemory, WriteFiles
 from ray_trainer.triggers import Backoff
 
@@ -180,6 +182,22 @@ def test_checkpoint_whose_writer_was_killed_fails_and_the_next_one_is_whole(tmp_
 
     assert [int(name[-8:]) for name in checkpoints(tmp_path)] == [1, 3]
     assert verify(tmp_path, record.name) == []
+
+
+class Locked(NoFence):
+    """A fence that no other process can be given."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_job_that_can_not_be_handed_over_fails_the_save_and_not_the_training(tmp_path):
+    checkpoints_of = CheckpointManager(Storage.open(tmp_path).fenced(Locked()))
+    commit = checkpoints_of.begin(big_state(0.0), {}, CheckpointMeta(epoch=0, step=1))
+
+    with pytest.raises(CheckpointError, match="cannot pickle"):
+        checkpoints_of.finish(commit)
+    checkpoints_of.close()
 
 
 def test_run_saved_beside_training_equals_one_saved_at_once(tmp_path, everything_beside, monkeypatch):
