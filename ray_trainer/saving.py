@@ -1,12 +1,12 @@
-"""When a checkpoint is written during a run, and who is told of it."""
+"""When a checkpoint is written during a run, and what happens where it can't be."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_trainer import distributed, pulse
+from ray_trainer.audience import Audience
 from ray_trainer.checkpoint import (
     Carried,
     CheckpointManager,
@@ -19,26 +19,10 @@ from ray_trainer.checkpoint import (
 )
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import CheckpointError, LeaseLostError
-from ray_trainer.hooks import CheckpointSaved, HookCaller
-from ray_trainer.journal import Journal
-from ray_trainer.runtime import Runtime
 from ray_trainer.state import Progress, TrainState
-from ray_trainer.triggers import AffordableInterval, Moment, any_of
+from ray_trainer.triggers import AffordableInterval, Backoff, Moment, any_of
 
 logger = logging.getLogger(__name__)
-
-#: After a failed save the next is tried so much later, then twice as late, and so on up to the longest.
-_FIRST_RETRY_S = 5.0
-_LONGEST_RETRY_S = 300.0
-
-
-@dataclass(frozen=True)
-class Audience:
-    """Who is told of a checkpoint."""
-
-    runtime: Runtime
-    journal: Journal
-    hooks: HookCaller
 
 
 class Saver:
@@ -88,8 +72,7 @@ class Saver:
         )
         self._may_skip = config.overlapping_saves == "skip"
         self._max_failures = config.max_failed_saves
-        self._failures = 0
-        self._retry_at_s = math.inf
+        self._backoff = Backoff()
         self._saved: _Mark | None = self._mark()
         self._pending: _Pending | None = None
         self._is_prepared = False
@@ -128,7 +111,7 @@ class Saver:
 
     def due(self, moment: Moment) -> bool:
         """Whether the configured intervals ask for a checkpoint now, or one that failed is to be tried again."""
-        is_asked = self._trigger.due(moment) or self._progress.elapsed_s >= self._retry_at_s
+        is_asked = self._trigger.due(moment) or self._backoff.due(self._progress.elapsed_s)
         is_owed = self._owes and self._pending is None  # one that a broken run had begun
         return self._is_on and (is_asked or is_owed)
 
@@ -215,7 +198,8 @@ class Saver:
 
     def restart(self) -> None:
         """The run has gone back to an earlier step, of which nothing is saved as far as this knows."""
-        self._saved, self._retry_at_s = None, math.inf
+        self._saved = None
+        self._backoff.begin()
         self.saved_at_s = self._progress.elapsed_s
 
     def close(self) -> None:
@@ -228,7 +212,7 @@ class Saver:
         pulse.beat(pulse.Phase.SAVE)
         meta = self._meta_now(metrics)
         self.saved_at_s = self._progress.elapsed_s
-        self._retry_at_s = math.inf  # this is the next attempt
+        self._backoff.begin()
         self._owes = True
         commit = self._manager.begin(self._state.state_dict(), self._rank_state(), meta)
         self._saved = self._mark()
@@ -257,7 +241,7 @@ class Saver:
         if record is not None:
             self._pending = None
             self._owes = False
-            self._failures, self._retry_at_s = 0, math.inf
+            self._backoff.succeed()
             self._tell(record, pending)
 
     def _attempt(self, action: Callable[[], None]) -> bool:
@@ -270,53 +254,24 @@ class Saver:
         except CheckpointError as error:  # equal on all ranks
             self._saved = None
             self._owes = False
-            self._failures += 1
-            pause_s = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2 ** (self._failures - 1))
-            self._retry_at_s = self._progress.elapsed_s + pause_s
-            self._audience.journal.event(
-                "checkpoint_failed", self._progress.step, self._progress.last_epoch, reason=str(error)
-            )
+            self._backoff.fail(self._progress.elapsed_s)
+            self._audience.failed(self._progress.step, self._progress.last_epoch, str(error))
             logger.error("No checkpoint up to step %d: %s", self._progress.step, error)
-            if self._failures >= self._max_failures:
+            if self._backoff.failures >= self._max_failures:
                 raise
             return False
         return True
 
     def _tell(self, record: CheckpointRecord, pending: "_Pending") -> None:
-        commit, audience = pending.commit, self._audience
         if self._affordable is not None:
-            self._affordable.learn(commit.stall_s, self._meta.attempt - 1, self._progress.elapsed_s)
-        audience.runtime.checkpoint_committed(record.uri, pending.metrics)
-        audience.journal.event(
-            "checkpoint_saved",
-            record.step,
-            record.epoch,
-            checkpoint=record.name,
-            stall_s=commit.stall_s,
-            durable_s=commit.durable_s,
-            size_bytes=record.size_bytes,
-        )
-        if audience.hooks.on_checkpoint_saved is not None:
-            best = self._manager.best_record()
-            audience.hooks.on_checkpoint_saved(
-                CheckpointSaved(
-                    path=record.uri,
-                    step=record.step,
-                    epoch=record.epoch,
-                    metrics=record.metrics,
-                    is_best=best is not None and best.name == record.name,
-                    stall_s=commit.stall_s,
-                    durable_s=commit.durable_s,
-                    size_bytes=record.size_bytes,
-                )
-            )
+            self._affordable.learn(pending.commit.stall_s, self._meta.attempt - 1, self._progress.elapsed_s)
+        self._audience.saved(record, pending.commit, pending.metrics, self._manager.best_record)
 
     def _tell_skipped(self, pending: "_Pending") -> None:
         if not pending.has_delayed:
             pending.has_delayed = True
-            step = self._progress.step
             reason = f"the checkpoint of step {pending.commit.step} is still being written"
-            self._audience.journal.event("checkpoint_skipped", step, self._progress.last_epoch, reason=reason)
+            self._audience.skipped(self._progress.step, self._progress.last_epoch, reason)
 
     def _rank_state(self) -> dict[str, Any]:
         """What is not rank 0's on this rank: the state of its hooks."""

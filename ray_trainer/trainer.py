@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ray_trainer import distributed
+from ray_trainer.audience import Audience
 from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, LoadedCheckpoint, MemoryTier, SurvivorTier
 from ray_trainer.clearing import make_room
 from ray_trainer.config import TrainingConfig
@@ -43,7 +44,7 @@ from ray_trainer.rewind import Rewind
 from ray_trainer.rollback import Rollback
 from ray_trainer.run import Run, Safeguards
 from ray_trainer.runtime import LocalRuntime, Runtime, Stop
-from ray_trainer.saving import Audience, Saver
+from ray_trainer.saving import Saver
 from ray_trainer.seeding import deterministic_mode, set_random_seed
 from ray_trainer.setup import (
     Setup,

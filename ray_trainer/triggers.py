@@ -114,6 +114,39 @@ class AffordableInterval:
             self.interval_s = math.sqrt(2 * cost_s * elapsed_s / num_failures)
 
 
+class Backoff:
+    """When to try again what failed: after a pause, which doubles with each failure in a row.
+
+    Attributes:
+        failures: in a row.
+    """
+
+    FIRST_S = 5.0
+    LONGEST_S = 300.0
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self._due_at_s = math.inf
+
+    def due(self, now_s: float) -> bool:
+        """Whether it is time for the next attempt."""
+        return now_s >= self._due_at_s
+
+    def begin(self) -> None:
+        """Take note of an attempt: none is due until it has failed."""
+        self._due_at_s = math.inf
+
+    def fail(self, now_s: float) -> None:
+        """Take note of an attempt that failed."""
+        self.failures += 1
+        self._due_at_s = now_s + min(self.LONGEST_S, self.FIRST_S * 2 ** (self.failures - 1))
+
+    def succeed(self) -> None:
+        """Take note of one that did not."""
+        self.failures = 0
+        self._due_at_s = math.inf
+
+
 def any_of(
     *,
     steps: int | None = None,

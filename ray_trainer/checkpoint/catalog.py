@@ -2,12 +2,11 @@
 
 import logging
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ray_trainer.checkpoint.layout import (
-    checkpoint_order,
-    read_manifest,
-)
+from ray_trainer import distributed
+from ray_trainer.checkpoint.layout import checkpoint_order, read_manifest
 from ray_trainer.checkpoint.lineage import Lineage
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
 from ray_trainer.checkpoint.verifying import content_problem, size_problems
@@ -59,6 +58,47 @@ class CheckpointRecord:
             time=manifest.time,
             attempt=manifest.attempt,
         )
+
+
+class Catalog:
+    """The checkpoints of a run that one process commits to: read from storage once, then kept up to date."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+        self._records: list[CheckpointRecord] | None = None
+        self._rejected: set[str] = set()
+
+    def records(self) -> list[CheckpointRecord]:
+        """The checkpoints, old to new.
+
+        Raises:
+            OSError: storage cannot be read.
+        """
+        if self._records is None:
+            found = list_checkpoints(self._run)
+            self._records = [record for record in found if record.name not in self._rejected]
+        return list(self._records)
+
+    def readable_records(self) -> list[CheckpointRecord]:
+        """As `records`; none where storage cannot be read, which is told."""
+        try:
+            return self.records()
+        except OSError as error:
+            logger.warning("Old checkpoints in %s could not be listed, so none was deleted: %s", self._run.uri, error)
+            return []
+
+    def forget(self, rejected: Iterable[str] = ()) -> None:
+        """Read storage again when it is next asked, and leave out those that were found broken."""
+        self._rejected.update(rejected)
+        self._records = None
+
+    def add(self, committed: CheckpointRecord, deleted: Collection[str]) -> None:
+        """Take note of what was committed and what was deleted for it."""
+        self._rejected.discard(committed.name)
+        if self._records is None and distributed.rank() > 0:
+            return  # read from storage if it is ever asked for
+        others = [record for record in self.readable_records() if record.name not in (committed.name, *deleted)]
+        self._records = sorted([*others, committed], key=lambda record: checkpoint_order(record.name) or ())
 
 
 def open_storage(location: Storage | str | os.PathLike[str]) -> Storage:

@@ -133,8 +133,7 @@ class Commit:
                 return True
             outcomes = on_all_ranks(lambda: (self._writer.result(), self.stall_s))
             self.stall_s = max(stall_s for _, stall_s in outcomes)
-            if distributed.rank() == 0:
-                self._seal([files for files, _ in outcomes], records())
+            on_rank_zero(lambda: self._seal([files for files, _ in outcomes], records()))
             self._is_sealing = True
             return False
         except CheckpointError:

@@ -174,10 +174,10 @@ class _Encoder:
         self, tensor: torch.Tensor, path: StatePath, into: dict[str, dict[str, torch.Tensor]] | None = None
     ) -> str:
         file, within = self._file_of(path)
-        taken = self.tensors.get(file, {}).keys() | self.shards.get(file, {}).keys()
+        whole, sharded = self.tensors.get(file, {}), self.shards.get(file, {})
         name = wanted = ".".join(within)
         attempt = 1
-        while name in taken or name == "__metadata__":  # {"a.b": ...} beside {"a": {"b": ...}}
+        while name in whole or name in sharded or name == "__metadata__":  # {"a.b": ...} beside {"a": {"b": ...}}
             attempt += 1
             name = f"{wanted}#{attempt}"
         (self.tensors if into is None else into).setdefault(file, {})[name] = tensor
@@ -200,7 +200,7 @@ def _check_tensor(tensor: torch.Tensor, path: StatePath) -> None:
         raise _refusal(path, f"tensor of type {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise _refusal(path, f"{'quantized' if tensor.is_quantized else tensor.layout} tensor")
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise _refusal(path, "tensor on the meta device, which has no values,")
 
 
@@ -215,9 +215,8 @@ def _check_shard(tensor: torch.Tensor, file: str, path: StatePath) -> None:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-    form = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return (*place, *form)
+    place = (tensor.device, tensor.data_ptr())
+    return (*place, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
 
 
 def _storable(tensor: torch.Tensor, path: StatePath) -> torch.Tensor:

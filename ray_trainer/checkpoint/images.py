@@ -1,13 +1,16 @@
 """A file of a checkpoint before it is one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ray_trainer.storage import Buffer
+from ray_trainer.storage.sealing import FileInMemory
 
 Part = bytes | torch.Tensor
+
+_ALIGNMENT = 4096  # so that a disk can fetch a file from memory without a copy
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,23 @@ class FileImage:
                 place.numpy().data[:] = part
             elif begin < end:
                 place.view(part.dtype).view(part.shape).copy_(part.detach(), non_blocking=True)
+
+
+def lay_out(images: Sequence[FileImage]) -> tuple[list[FileInMemory], int]:
+    """Places for files in one piece of memory, and its size."""
+    places, end = [], 0
+    for image in images:
+        places.append(FileInMemory(image.name, end, image.size_bytes))
+        end += -(-image.size_bytes // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def copy_in(images: Sequence[FileImage], places: Sequence[FileInMemory], memory: torch.Tensor) -> None:
+    """Copy files to their places in memory; they are there when this returns."""
+    for image, place in zip(images, places, strict=True):
+        image.copy_to(memory[place.offset : place.offset + place.size_bytes])
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def _size(part: Part) -> int:

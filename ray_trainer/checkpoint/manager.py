@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import nn
 from ray_trainer import distributed
 from ray_trainer.checkpoint import direct
 from ray_trainer.checkpoint.catalog import (
+    Catalog,
     CheckpointRecord,
     checkpoint_names,
-    list_checkpoints,
     newest_step,
     open_storage,
     resolve,
@@ -70,8 +70,7 @@ class CheckpointManager:
     ) -> None:
         self.storage = open_storage(checkpoint_dir)
         self.policy = RetentionPolicy(keep_last_n, keep_best_k, monitor, mode)
-        self._records: list[CheckpointRecord] | None = None
-        self._rejected: set[str] = set()
+        self._catalog = Catalog(self.storage)
         self._background = BackgroundWriter()
 
     @property
@@ -110,10 +109,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: on all ranks, if it failed on any; earlier checkpoints are as they were.
         """
-        if not commit.advance(self._known):
+        if not commit.advance(self._catalog.readable_records):
             return None
         assert commit.record is not None  # it is whole
-        self._retain(commit.record, commit.deleted)
+        self._catalog.add(commit.record, commit.deleted)
         return commit.record
 
     def finish(self, commit: Commit) -> CheckpointRecord:
@@ -159,9 +158,8 @@ class CheckpointManager:
             return None
         text = os.fspath(which)
         loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy, share), share)
-        if loaded is None or loaded.record.uri == self.storage.child(loaded.record.name).uri:
-            self._rejected.update(rejection.name for rejection in rejected)
-        self._records = None
+        is_own = loaded is None or loaded.record.uri == self.storage.child(loaded.record.name).uri
+        self._catalog.forget([rejection.name for rejection in rejected] if is_own else [])
         return loaded
 
     def restore_up_to(self, step: int, share: Share | None = None) -> LoadedCheckpoint | None:
@@ -173,7 +171,7 @@ class CheckpointManager:
             return load_first_whole(self.storage, names, lambda broken: set_aside(self.storage, broken), share)
 
         loaded, _ = restore_on_all_ranks(find, share)
-        self._records = None
+        self._catalog.forget()
         return loaded
 
     def keep_for(self, step: int) -> None:
@@ -200,14 +198,11 @@ class CheckpointManager:
 
     def records(self) -> list[CheckpointRecord]:
         """The run's checkpoints, old to new."""
-        if self._records is None:
-            found = list_checkpoints(self.storage)
-            self._records = [record for record in found if record.name not in self._rejected]
-        return list(self._records)
+        return self._catalog.records()
 
     def forget(self) -> None:
         """Read the list from storage again when it is next needed: somebody else has changed it."""
-        self._records = None
+        self._catalog.forget()
 
     def best_record(self) -> CheckpointRecord | None:
         """The best by `monitor`; None if no checkpoint has a finite value of it."""
@@ -273,24 +268,6 @@ class CheckpointManager:
 
     def _is_small(self, size_bytes: int) -> bool:
         return self.storage.is_local and size_bytes < SMALL_BYTES
-
-    def _known(self) -> list[CheckpointRecord]:
-        """What there is to choose from when old ones are deleted; nothing where that cannot be told."""
-        try:
-            return self.records()
-        except OSError as error:
-            logger.warning(
-                "Old checkpoints in %s could not be listed, so none was deleted: %s", self.storage.uri, error
-            )
-            return []
-
-    def _retain(self, committed: CheckpointRecord, deleted: Collection[str]) -> None:
-        """Add what was committed and forget what was deleted."""
-        self._rejected.discard(committed.name)
-        if self._records is None and distributed.rank() > 0:
-            return  # read from storage if it is ever asked for
-        others = [record for record in self._known() if record.name not in (committed.name, *deleted)]
-        self._records = sorted([*others, committed], key=lambda record: checkpoint_order(record.name) or ())
 
     def _delete(self, name: str) -> bool:
         try:

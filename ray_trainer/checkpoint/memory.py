@@ -21,7 +21,7 @@ from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
 from ray_trainer.checkpoint.arena import Arena
 from ray_trainer.checkpoint.catalog import CheckpointRecord
 from ray_trainer.checkpoint.commit import draft, files_of_rank
-from ray_trainer.checkpoint.images import FileImage
+from ray_trainer.checkpoint.images import copy_in, lay_out
 from ray_trainer.checkpoint.layout import read_rank_state, read_state
 from ray_trainer.checkpoint.manager import CheckpointManager
 from ray_trainer.checkpoint.manifest import CheckpointMeta, FileEntry, Manifest
@@ -34,8 +34,6 @@ from ray_trainer.storage.sealing import FileInMemory
 from ray_trainer.storage.snapshots import SnapshotPart, SnapshotStore
 
 logger = logging.getLogger(__name__)
-
-_ALIGNMENT = 64
 
 
 class MemoryTier:
@@ -73,10 +71,7 @@ class MemoryTier:
         except OSError as error:
             self._tell_failure(error)
             return
-        for image, place in zip(images, places, strict=True):
-            image.copy_to(memory[place.offset : place.offset + place.size_bytes])
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        copy_in(images, places, memory)
         rank, epoch = distributed.rank(), self._manager.storage.fence.epoch
         header = draft(meta, self._manager.policy, epoch).to_bytes() if rank == 0 else b""
         part = SnapshotPart((meta.attempt, meta.step), rank, distributed.world_size(), header, ())
@@ -139,15 +134,6 @@ class MemoryTier:
             self.close()
             self._arena = Arena(size_bytes)
         return self._arena.memory
-
-
-def lay_out(images: Sequence[FileImage]) -> tuple[list[FileInMemory], int]:
-    """Places for files in one piece of memory, and its size."""
-    places, end = [], 0
-    for image in images:
-        places.append(FileInMemory(image.name, end, image.size_bytes))
-        end += -(-image.size_bytes // _ALIGNMENT) * _ALIGNMENT
-    return places, end
 
 
 def with_checksums(content: NDArray[np.uint8], places: Sequence[FileInMemory]) -> tuple[tuple[FileInMemory, str], ...]:

@@ -18,10 +18,11 @@ from ray_trainer import distributed
 from ray_trainer.checkpoint.agreement import on_all_ranks
 from ray_trainer.checkpoint.catalog import CheckpointRecord
 from ray_trainer.checkpoint.commit import draft
+from ray_trainer.checkpoint.images import copy_in, lay_out
 from ray_trainer.checkpoint.layout import pack_state
 from ray_trainer.checkpoint.manager import CheckpointManager
 from ray_trainer.checkpoint.manifest import CheckpointMeta
-from ray_trainer.checkpoint.memory import lay_out, load_held, with_checksums
+from ray_trainer.checkpoint.memory import load_held, with_checksums
 from ray_trainer.checkpoint.restore import Carried, LoadedCheckpoint
 from ray_trainer.checkpoint.tiers import Tier
 from ray_trainer.errors import CheckpointError
@@ -64,8 +65,7 @@ class SurvivorTier:
             return
         places, size_bytes = lay_out(images)
         memory = torch.empty(size_bytes, dtype=torch.uint8)
-        for image, place in zip(images, places, strict=True):
-            image.copy_to(memory[place.offset : place.offset + place.size_bytes])
+        copy_in(images, places, memory)
         content = memory.numpy()
         header = draft(meta, manager.policy, manager.storage.fence.epoch).to_bytes()
         files = with_checksums(content, places)

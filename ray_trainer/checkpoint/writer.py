@@ -7,14 +7,13 @@ from typing import Any, Protocol
 import torch
 
 from ray_trainer.checkpoint.arena import Arena
-from ray_trainer.checkpoint.images import FileImage
+from ray_trainer.checkpoint.images import FileImage, copy_in, lay_out
 from ray_trainer.storage import Storage
 from ray_trainer.storage.beside import ProcessBeside
-from ray_trainer.storage.sealing import FileInMemory, Seal, WriteFiles, write_hashed
+from ray_trainer.storage.sealing import Seal, WriteFiles, write_hashed
 
 #: Less than this is on a local disk sooner than it is handed over.
 SMALL_BYTES = 4 << 20
-_ALIGNMENT = 64
 
 
 class Writer(Protocol):
@@ -76,14 +75,14 @@ class BackgroundWriter:
         self._error = None
         try:
             self._write(directory, images)
-        except OSError as error:  # memory or processes ran out: the save fails, training goes on
+        except Exception as error:  # as when memory runs out; raised with the result, on all ranks
             self._error = error
 
     def seal(self, seal: Seal) -> None:
         """See `Writer`."""
         try:
             self._started().submit(seal)
-        except OSError as error:
+        except Exception as error:  # as above
             self._error = error
 
     def is_done(self) -> bool:
@@ -95,7 +94,8 @@ class BackgroundWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        return self._started().result()
+        assert self._process is not None  # a job was begun
+        return self._process.result()  # of the very process that was given it, also where that has ended
 
     def close(self) -> None:
         """End the process and free the memory; a job in progress is given up."""
@@ -108,16 +108,9 @@ class BackgroundWriter:
 
     def _write(self, directory: Storage, images: Sequence[FileImage]) -> None:
         self._join()
-        files, end = [], 0
-        for image in images:
-            files.append(FileInMemory(image.name, end, image.size_bytes))
-            end += -(-image.size_bytes // _ALIGNMENT) * _ALIGNMENT
-        memory = self._room_for(end)
-        for image, file in zip(images, files, strict=True):
-            image.copy_to(memory[file.offset : file.offset + file.size_bytes])
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        self._started().submit(WriteFiles(directory, tuple(files)))
+        places, size_bytes = lay_out(images)
+        copy_in(images, places, self._room_for(size_bytes))
+        self._started().submit(WriteFiles(directory, tuple(places)))
 
     def _room_for(self, size_bytes: int) -> torch.Tensor:
         if self._arena is None or self._arena.size_bytes < size_bytes:

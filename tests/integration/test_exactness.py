@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -17,12 +16,9 @@ from experiments import (
     assert_same,
     carry_out,
     events,
-    metric_rows,
     prepare,
     run,
 )
-
-from ray_trainer.checkpoint import manager
 
 NUM_STEPS = 10  # two epochs of five, the last of each with three (or two) samples instead of four
 VARIANTS = {
@@ -201,11 +197,9 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(FORKSERVER_IMPORTS)
 
 
-def train_slowly(run_dir: Path, stepped: Any, beside: bool) -> None:
+def train_slowly(run_dir: Path, stepped: Any) -> None:
     """A start of the run in a process of its own that tells each step and then dawdles a little."""
     torch.set_num_threads(1)
-    if beside:  # as what is large: it is written by one more process
-        manager.SMALL_BYTES = 0
     prepared = prepare(run_dir, save_every_n_steps=1)
 
     def tell(name: str, count: int) -> None:
@@ -217,9 +211,9 @@ def train_slowly(run_dir: Path, stepped: Any, beside: bool) -> None:
     carry_out(prepared)
 
 
-def start(run_dir: Path, beside: bool = False) -> tuple[Any, Any]:
+def start(run_dir: Path) -> tuple[Any, Any]:
     stepped = PROCESSES.Value("i", 0)
-    process = PROCESSES.Process(target=train_slowly, args=(run_dir, stepped, beside))
+    process = PROCESSES.Process(target=train_slowly, args=(run_dir, stepped))
     process.start()
     return process, stepped
 
@@ -238,24 +232,3 @@ def test_process_that_is_sent_a_signal_saves_and_another_one_ends_the_run_exactl
 
     assert process.exitcode == code  # multiprocessing reports KeyboardInterrupt as 1
     assert_same(run(tmp_path, save_every_n_steps=1), unbroken("plain"))
-
-
-@pytest.mark.chaos
-@pytest.mark.parametrize(("seed", "beside"), [(0, False), (1, False), (2, True), (3, True), (4, True)])
-def test_process_killed_again_and_again_at_seeded_moments_ends_the_run_exactly(tmp_path, unbroken, seed, beside):
-    moments = random.Random(seed)
-    for _ in range(3):
-        process, stepped = start(tmp_path, beside)
-        wait_for(stepped, moments.randint(1, 3), process)
-        time.sleep(moments.random() * 0.06)
-        assert process.is_alive()
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-
-    resumed = run(tmp_path, save_every_n_steps=1)
-
-    assert_same(resumed, unbroken("plain"))
-    assert_each_sample_once_an_epoch(resumed, 19)
-    rows = [(row["split"], row["step"]) for row in metric_rows(tmp_path)]
-    assert len(rows) == len(set(rows))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from ray_trainer.checkpoint.arena import Arena
 from ray_trainer.errors import CheckpointError
 from ray_trainer.storage import Storage
 from ray_trainer.storage.beside import ProcessBeside
+from ray_trainer.storage.fence import NoFence
 from ray_trainer.storage.sealing import FileInMemory, WriteFiles
+from ray_trainer.triggers import Backoff
 
 STEPS = {"save_every_n_steps": 1, "save_every_n_epochs": None}
 
@@ -169,6 +172,8 @@ def test_checkpoint_whose_writer_was_killed_fails_and_the_next_one_is_whole(tmp_
     os.kill(writer, signal.SIGSTOP)
     commit = checkpoints_of.begin(big_state(1.0), {}, CheckpointMeta(epoch=0, step=2))
     os.kill(writer, signal.SIGKILL)
+    os.waitid(os.P_PID, writer, os.WEXITED | os.WNOWAIT)  # it is gone before anybody asks for its result
+    assert commit.is_done()
     with pytest.raises(CheckpointError, match="exit code -9"):
         checkpoints_of.finish(commit)
 
@@ -177,6 +182,22 @@ def test_checkpoint_whose_writer_was_killed_fails_and_the_next_one_is_whole(tmp_
 
     assert [int(name[-8:]) for name in checkpoints(tmp_path)] == [1, 3]
     assert verify(tmp_path, record.name) == []
+
+
+class Locked(NoFence):
+    """A fence that no other process can be given."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_job_that_can_not_be_handed_over_fails_the_save_and_not_the_training(tmp_path):
+    checkpoints_of = CheckpointManager(Storage.open(tmp_path).fenced(Locked()))
+    commit = checkpoints_of.begin(big_state(0.0), {}, CheckpointMeta(epoch=0, step=1))
+
+    with pytest.raises(CheckpointError, match="cannot pickle"):
+        checkpoints_of.finish(commit)
+    checkpoints_of.close()
 
 
 def test_run_saved_beside_training_equals_one_saved_at_once(tmp_path, everything_beside, monkeypatch):
@@ -238,7 +259,7 @@ def test_save_that_comes_too_early_is_skipped_and_told_and_the_last_one_is_never
 
 
 def test_save_that_fails_again_and_again_ends_the_run_only_after_the_configured_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("ray_trainer.saving._FIRST_RETRY_S", 0.0)
+    monkeypatch.setattr(Backoff, "FIRST_S", 0.0)
     prepared = prepare(tmp_path, max_failed_saves=3, **STEPS)
 
     class Refusing(Storage):

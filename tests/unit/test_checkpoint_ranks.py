@@ -34,6 +34,15 @@ class Losing(Storage):
             super().write_chunks(name, chunks)
 
 
+class Unreadable(Storage):
+    """Storage whose list of names can't be understood by the one rank that asks for it."""
+
+    def modified_ns(self):
+        if self.path.endswith("run"):
+            raise ValueError("Invalid URL in listing")
+        return super().modified_ns()
+
+
 def outcome_of(action):
     try:
         return action()
@@ -67,6 +76,8 @@ def act(directory, rank):
     seen["refused"] = outcome_of(lambda: commit(manager, 2, refused))
     losing = CheckpointManager(Losing.open(directory))
     seen["lost"] = outcome_of(lambda: commit(losing, 2, rank_state(rank)))
+    unreadable = CheckpointManager(Unreadable.open(directory))
+    seen["unreadable"] = outcome_of(lambda: commit(unreadable, 2, rank_state(rank)))
     seen["listed after failures"] = [record.name for record in list_checkpoints(directory)]
     dist.barrier()
 
@@ -185,6 +196,13 @@ def test_storage_that_is_not_shared_is_found_before_the_commit(both):
     assert seen[0]["lost"] == seen[1]["lost"]
     assert "rank00001.json is missing" in seen[0]["lost"][1]
     assert "same storage on every node" in seen[0]["lost"][1]
+
+
+def test_all_ranks_raise_when_rank_0_cannot_tell_which_checkpoints_may_go(both):
+    _, seen = both
+
+    assert seen[0]["unreadable"] == seen[1]["unreadable"]
+    assert "rank 0: ValueError: Invalid URL in listing" in seen[0]["unreadable"][1]
 
 
 def test_nothing_of_a_failed_commit_is_left(both):
