@@ -1,5 +1,6 @@
 """Wrong input in Python: refused before the first step, named, and nothing is left on disk."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +269,19 @@ def test_model_whose_output_cannot_be_read_is_refused(run_dir, output):
     message = refused(run_dir, Points(12), model=Strange())
 
     assert "The first batch fails in the model or the loss" in message
+    assert "line " not in message  # it would be one of ours
+
+
+def test_error_below_the_users_model_is_told_with_the_line_of_the_model(run_dir):
+    class Broken(Network):
+        def forward(self, features):
+            return json.loads("no JSON")
+
+    message = refused(run_dir, Points(12), model=Broken())
+
+    assert "JSONDecodeError" in message
+    assert f"({__file__}, line " in message
+    assert ': return json.loads("no JSON")). Compare' in message
 
 
 def test_run_is_not_continued_with_another_optimizer(run_dir):
