@@ -249,13 +249,22 @@ def refuse_unsplit(data: Any) -> None:
     """Refuse containers that would pass for a dataset and be read wrongly.
 
     Raises:
-        DataError: it is a dict of datasets, a tuple of tensors or a single tensor.
+        DataError: it is a dict of datasets, a tuple of tensors or arrays, a single tensor, a data frame or text.
     """
+    if isinstance(data, str):
+        raise DataError(f"{data!r:.80} is text, not a dataset. Read what it names, and pass the dataset.")
+    if hasattr(data, "iloc"):
+        raise DataError(
+            f"A {type(data).__name__} gives columns, not samples. Pass ray.data.from_pandas(frame) on a cluster, or "
+            "TensorDataset(inputs, labels) with tensors of its columns."
+        )
     if isinstance(data, Mapping):
         raise DataError(f"A dict with the keys {list(data)} is not a dataset. Pass one of its values.")
-    if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
+    if isinstance(data, Tensor) or (
+        isinstance(data, tuple) and any(isinstance(part, Tensor | np.ndarray) for part in data)
+    ):
         raise DataError(
-            f"A {type(data).__name__} of tensors could mean samples or columns. "
+            f"A {type(data).__name__} of tensors or arrays could mean samples or columns. "
             "Pass TensorDataset(inputs, labels), or a list with one tensor a sample."
         )
 

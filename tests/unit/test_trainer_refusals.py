@@ -294,3 +294,19 @@ def test_run_is_not_continued_with_another_optimizer(run_dir):
         )
 
     assert everything_in(run_dir) == before
+
+
+def test_model_that_cuts_its_gradients_off_is_told_to_the_user(tmp_path):
+    class Detached(Network):
+        def forward(self, features):
+            return super().forward(features).detach()
+
+    with pytest.raises(ConfigError, match=r"depends on no parameter.*detach"):
+        Trainer(Detached(), SimpleNamespace(), settings(tmp_path), POINTS).train(Points(12))
+
+
+def test_run_directory_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match=r"checkpoint_dir: .*file is a file\. Name a directory"):
+        Trainer(Network(), SimpleNamespace(), settings(tmp_path / "file" / "run"), POINTS).train(Points(12))
