@@ -12,7 +12,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from ray_trainer.data.batch import Batch
 from ray_trainer.data.description import ColumnDescription, DataDescription, form_of
 from ray_trainer.data.fingerprint import fingerprint, sampled_rows, tensor_fingerprint
-from ray_trainer.data.indexed import IndexedDataset
+from ray_trainer.data.indexed import IndexedDataset, origin_of
 from ray_trainer.data.order import Indices
 from ray_trainer.data.quarantine import BadDataPolicy, Finding, LeftOut, bad_rows_of, is_of_numbers
 from ray_trainer.data.samples import Collate, SampleReader, shortened, unreadable
@@ -172,6 +172,10 @@ class RowsReader:
         announce = getattr(self._dataset, "announce", None)
         if announce is not None:
             announce(self._rows[indices])
+
+    def origin(self, indices: Indices) -> Indices:
+        """See `IndexedDataset`."""
+        return origin_of(self._dataset, self._rows[indices])
 
     def fetch(self, indices: Indices, epoch: int = 0) -> Batch:
         """See `IndexedDataset`."""

@@ -42,8 +42,8 @@ def check_target(name: str, target: Any, labels: str, num_classes: int | None, i
     """
     if not isinstance(target, Tensor):
         raise DataError(
-            f"the target {name!r} is a {describe_value(target)}, not a tensor. Let the dataset or the pipeline give numbers of "
-            "one shape, for example the number of a class in place of its name."
+            f"the target {name!r} is a {describe_value(target)}, not a tensor. Let the dataset or the pipeline give "
+            "numbers of one shape, for example the number of a class in place of its name."
         )
     if labels in ("tokens", "classes"):
         _check_class_numbers(name, target, num_classes, ignored)
