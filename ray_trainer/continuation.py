@@ -10,7 +10,7 @@ import torch
 from ray_trainer import distributed
 from ray_trainer.checkpoint import LoadedCheckpoint, Manifest
 from ray_trainer.config import TrainingConfig
-from ray_trainer.data.description import DataDescription
+from ray_trainer.data.description import DataDescription, is_of_content
 from ray_trainer.data.fingerprint import fingerprint
 from ray_trainer.data.source import BatchSource
 from ray_trainer.errors import DataError, StateMismatchError
@@ -168,7 +168,10 @@ def _way_on(data_changes: list[DataChange], is_all: bool) -> str:
     """The advice where changed data is the one thing in the way."""
     if not is_all or not any(change.action == "refuse" for change in data_changes):
         return ""
-    return (
+    cause = ""
+    if all(is_of_content(difference) for change in data_changes for difference in change.differs):
+        cause = " If nobody changed it, what makes it draws at random: seed that, so that each start gives the same."
+    return cause + (
         " To go on with the data as it is now, set on_data_change to 'restart_epoch' (the epoch in progress starts "
         "again) or 'continue' (it goes on at the same place)."
     )

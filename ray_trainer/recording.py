@@ -1,5 +1,6 @@
 """From steps and validations to numbers: running sums, the history, the rows on storage, the display."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 from ray_trainer import distributed
 from ray_trainer.config import TrainingConfig
+from ray_trainer.data.ordered import OrderedSource
 from ray_trainer.hooks import StepRecord
 from ray_trainer.journal import Journal
 from ray_trainer.metrics import ProgressRecord
@@ -20,7 +22,10 @@ from ray_trainer.stragglers import Straggler
 from ray_trainer.task import Task
 from ray_trainer.triggers import EarlyStopping
 
+logger = logging.getLogger(__name__)
+
 SHOW_INTERVAL_S = 0.5
+_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Recorder:
         runtime: Runtime,
     ) -> None:
         self.progress = progress
+        self._train_source = setup.sources.train
         self._total_steps = setup.limits.total_steps
         self._monitor = setup.monitor
         self._names = ("loss", *task.metric_names)
@@ -94,11 +100,26 @@ class Recorder:
         self._learning_rate, self._gradient_norm = record.learning_rate, record.gradient_norm
         if record.skipped:
             why = {"gradient_norm": record.gradient_norm} | ({"reason": record.reason} if record.reason else {})
-            self._books.journal.event("step_skipped", record.step, record.epoch, **why)
+            self._books.journal.event("step_skipped", record.step, record.epoch, **why, **self._bad_samples(record))
         if record.step % self._log_every_n_steps == 0:
             self._log_row()
         if self._pace.display_is_due():
             self._runtime.show(self._progress_record())
+
+    def _bad_samples(self, record: StepRecord) -> dict[str, list[str]]:
+        """Which samples a step without usable gradients owes that to, where it is their own numbers."""
+        source = self._train_source
+        blames_data = record.reason is not None and not math.isfinite(record.gradient_norm)
+        if not blames_data or distributed.rank() or not isinstance(source, OrderedSource):
+            return {}
+        places = source.bad_samples(record.epoch, self.progress.step_in_epoch - 1, distributed.world_size())[:_TOLD]
+        if places:
+            logger.warning(
+                "Step %d was skipped, for its samples hold numbers that are none: %s. Repair them, or filter them out.",
+                record.step,
+                "; ".join(places),
+            )
+        return {"bad_samples": places} if places else {}
 
     def straggler(self, straggler: Straggler) -> None:
         """Tell that a rank is slow."""

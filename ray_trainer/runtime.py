@@ -13,6 +13,7 @@ import torch
 from ray_trainer import distributed
 from ray_trainer.storage import Fence, Storage
 from ray_trainer.storage.lease import Terms, holding
+from ray_trainer.storage.local import refuse_unwritable
 from ray_trainer.storage.snapshots import ProcessMemory, SnapshotStore
 
 
@@ -162,6 +163,8 @@ class LocalRuntime:
         with ExitStack() as stack:
 
             def lead() -> Fence:
+                if storage.is_local:
+                    refuse_unwritable(storage.local_path(), "checkpoint_dir")
                 return stack.enter_context(holding(storage, self._terms, take_over=self._take_over)).fence
 
             self._storage = storage.fenced(fence_on_all_ranks(lead))

@@ -1,7 +1,6 @@
 """What is decided and checked before a run begins, so that nothing wrong is found after something was written."""
 
 import logging
-import traceback
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -25,6 +24,7 @@ from ray_trainer.seeding import isolated_rng
 from ray_trainer.shortage import explained, is_shortage
 from ray_trainer.state import Progress
 from ray_trainer.task import Task, TaskSpec
+from ray_trainer.users_code import users_line
 
 logger = logging.getLogger(__name__)
 
@@ -279,14 +279,17 @@ def try_first_batch(
             if may_need_less:
                 return
             raise explained(error, "the first batch", sources.batch_size, model) from error
-        last = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
-            f"The first batch fails in the model or the loss: {type(error).__name__}: {error} "
-            f"({last.filename}, line {last.lineno}: {last.line}). Compare what the data gives with what the model "
-            "takes and returns."
+            f"The first batch fails in the model or the loss: {_sentence(error)}{users_line(error)}. Compare what the "
+            "data gives with what the model takes and returns."
         ) from error
     finally:
         model.train(was_training)
+
+
+def _sentence(error: Exception) -> str:
+    """Type and message, without the full stop."""
+    return f"{type(error).__name__}: {error}".rstrip(": .")
 
 
 def _try(task: Task, model: nn.Module, device: torch.device, source: BatchSource) -> None:

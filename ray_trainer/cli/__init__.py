@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with 143 through `SystemExit`.
     """
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse_args(others)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(others)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}. Settings are written section.key=value.")
     args.overrides = overrides
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
-import traceback
 import zlib
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from types import ModuleType
 from ray_trainer.config.fields import did_you_mean
 from ray_trainer.errors import ConfigError
 from ray_trainer.task import Experiment
+from ray_trainer.users_code import is_users, users_line
 
 _EXAMPLE = "write experiment = Experiment(build_model=..., build_datasets=...) there"
 
@@ -74,7 +74,7 @@ def modules_beside(experiment: ModuleType, base_dir: str | Path) -> list[ModuleT
         if module is experiment or name.partition(".")[0] in ("__main__", "ray_trainer") or not isinstance(file, str):
             continue
         parents = set(Path(file).resolve().parents)
-        if places & parents and library not in parents and _is_users(file):
+        if places & parents and library not in parents and is_users(file):
             found.append(module)
     return found
 
@@ -131,23 +131,14 @@ def _search_first(directories: list[Path]) -> None:
 
 def _import_failure(source: str, error: BaseException) -> ConfigError:
     """Say what went wrong in the user's words: the error and the line, without a traceback."""
-    place = ""
-    if isinstance(error, SyntaxError) and error.filename:
-        place = f" ({error.filename}, line {error.lineno})"
-    else:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-        if frames:
-            place = f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})"
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    place, message = users_line(error), str(error)
+    if isinstance(error, SyntaxError):
+        message = error.msg
+        place = f" ({error.filename}, line {error.lineno})" if error.filename else place
     advice = ""
     if isinstance(error, SystemExit):
         advice = "; put what runs as a program under if __name__ == '__main__':"
     return ConfigError(f"experiment: importing {source} failed with {type(error).__name__}: {message}{place}{advice}")
-
-
-def _is_users(filename: str) -> bool:
-    libraries = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
-    return filename != __file__ and not filename.startswith((*libraries, "<"))
 
 
 def _origin(module: ModuleType) -> str:

@@ -10,6 +10,7 @@ from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.errors import ConfigError, RunError
 from ray_trainer.storage import Storage
 from ray_trainer.storage.faults import is_transient
+from ray_trainer.storage.local import refuse_unwritable
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -27,7 +28,7 @@ def require_storage(run: Storage) -> None:
         RunError: an object store does not answer.
     """
     if run.is_local:
-        _require_writable(run)
+        refuse_unwritable(run.local_path(), "cluster.storage_path")
         return
     try:
         run.list()
@@ -68,13 +69,6 @@ def require_cluster(cluster: ClusterConfig) -> None:
             f"cluster.address = {at}: nobody answers there ({error}). Give the host:port that 'ray start --head' "
             "prints, 'auto' on a node of the cluster, or leave it out to train on this machine."
         ) from error
-
-
-def _require_writable(run: Storage) -> None:
-    there = next(place for place in (run.local_path(), *run.local_path().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written" if there.is_dir() else "is a file"
-        raise ConfigError(f"cluster.storage_path: {there} {what}. Name a directory in which the run may write.")
 
 
 def _bucket_is_missing(run: Storage) -> bool:

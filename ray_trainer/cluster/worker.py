@@ -27,6 +27,7 @@ from ray_trainer.seeding import set_random_seed
 from ray_trainer.storage.snapshots import ProcessMemory
 from ray_trainer.task import Experiment
 from ray_trainer.trainer import Trainer
+from ray_trainer.users_code import users_line
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,7 @@ def users_code(names: str) -> Iterator[None]:
     except RayTrainerError:
         raise
     except Exception as error:  # the user's code may raise anything, and none of it is worth a restart
-        last = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"The experiment's functions failed with {type(error).__name__}: {error} "
-            f"({last.filename}, line {last.lineno}: {last.line}). Check {names}, and the values of `model`."
+            f"The experiment's functions failed with {type(error).__name__}: {error}{users_line(error)}. "
+            f"Check {names}, and the values of `model`."
         ) from error

@@ -79,6 +79,11 @@ class DataDescription:
         return found or ["its content differs"]
 
 
+def is_of_content(difference: str) -> bool:
+    """Whether one of `DataDescription.differences` is of values alone, not of their number or form."""
+    return difference.endswith("content differs") or difference.startswith("the content of column ")
+
+
 def describe_fields(samples: Sequence[Any]) -> dict[str, ColumnDescription]:
     """The fields of samples that are dicts or tuples, by key or place; of one of another kind, itself."""
     first = samples[0]

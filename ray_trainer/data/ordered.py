@@ -14,9 +14,10 @@ from ray_trainer.data.batch import Batch, BatchPlan, StepBatch
 from ray_trainer.data.crashing import CrashingSamples, without
 from ray_trainer.data.deal import Deal, Share
 from ray_trainer.data.description import DataDescription
-from ray_trainer.data.indexed import IndexedDataset
+from ray_trainer.data.indexed import IndexedDataset, origin_of
 from ray_trainer.data.order import Indices, SampleOrder
-from ray_trainer.data.quarantine import LeftOut
+from ray_trainer.data.quarantine import LeftOut, bad_rows_of
+from ray_trainer.errors import DataError
 from ray_trainer.seeding import create_seeded_generator
 
 
@@ -99,6 +100,22 @@ class OrderedSource:
         deal = Deal(self._order, replace(self._plan, rank=rank, world_size=world_size))
         shares = deal.shares(epoch, step_in_epoch, _to_nobody)
         return next(without(shares, self._crashing, epoch, step_in_epoch, len(self._dataset))).micro_batches
+
+    def bad_samples(self, epoch: int, step_in_epoch: int, world_size: int) -> list[str]:
+        """Where the samples of a step, of all ranks, hold NaN or infinity, in words: they are read again for it."""
+        places: list[str] = []
+        for rank in range(world_size):
+            for indices in self.samples_at(epoch, step_in_epoch, rank, world_size):
+                try:
+                    batch = self._dataset.fetch(indices, epoch)
+                except DataError:  # it cannot be read twice, and this is no time to end for it
+                    continue
+                rows = origin_of(self._dataset, indices)
+                for name, column in batch.items() if isinstance(batch, dict) else enumerate(batch):
+                    if isinstance(column, Tensor) and len(column.shape) and len(column) == len(rows):
+                        findings = bad_rows_of(str(name), column)
+                        places += [place for found in findings for place in found.at(rows).places()]
+        return list(dict.fromkeys(places))
 
     def _read_here(self, shares: Iterator[Share], epoch: int) -> Iterator[StepBatch]:
         fetch = self._dataset.fetch

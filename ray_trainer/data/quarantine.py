@@ -14,7 +14,7 @@ from torch import Tensor
 from ray_trainer.data.batch import Batch
 from ray_trainer.data.description import DataDescription
 from ray_trainer.data.fingerprint import fingerprint
-from ray_trainer.data.indexed import IndexedDataset
+from ray_trainer.data.indexed import IndexedDataset, origin_of
 from ray_trainer.data.order import Indices
 from ray_trainer.errors import DataError
 
@@ -68,6 +68,10 @@ class Finding(NamedTuple):
     def label(self) -> str:
         """The kind, for counting."""
         return f"{self.reason} in column {self.column!r}"
+
+    def at(self, origin: Indices) -> "Finding":
+        """The same, with the row in ``origin`` in place of its index there."""
+        return self._replace(rows=origin[self.rows])
 
     def places(self) -> Iterator[str]:
         """The first rows, in words."""
@@ -148,6 +152,10 @@ class WithoutRows:
         announce = getattr(self._dataset, "announce", None)
         if announce is not None:
             announce(self._places(indices))
+
+    def origin(self, indices: Indices) -> Indices:
+        """See `IndexedDataset`."""
+        return origin_of(self._dataset, self._places(indices))
 
     def fetch(self, indices: Indices, epoch: int = 0) -> Batch:
         """See `IndexedDataset`."""

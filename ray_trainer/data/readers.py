@@ -12,7 +12,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from ray_trainer.data.batch import Batch
 from ray_trainer.data.description import ColumnDescription, DataDescription, form_of
 from ray_trainer.data.fingerprint import fingerprint, sampled_rows, tensor_fingerprint
-from ray_trainer.data.indexed import IndexedDataset
+from ray_trainer.data.indexed import IndexedDataset, origin_of
 from ray_trainer.data.order import Indices
 from ray_trainer.data.quarantine import BadDataPolicy, Finding, LeftOut, bad_rows_of, is_of_numbers
 from ray_trainer.data.samples import Collate, SampleReader, shortened, unreadable
@@ -173,6 +173,10 @@ class RowsReader:
         if announce is not None:
             announce(self._rows[indices])
 
+    def origin(self, indices: Indices) -> Indices:
+        """See `IndexedDataset`."""
+        return origin_of(self._dataset, self._rows[indices])
+
     def fetch(self, indices: Indices, epoch: int = 0) -> Batch:
         """See `IndexedDataset`."""
         return self._dataset.fetch(self._rows[indices], epoch)
@@ -249,13 +253,22 @@ def refuse_unsplit(data: Any) -> None:
     """Refuse containers that would pass for a dataset and be read wrongly.
 
     Raises:
-        DataError: it is a dict of datasets, a tuple of tensors or a single tensor.
+        DataError: it is a dict of datasets, a tuple of tensors or arrays, a single tensor, a data frame or text.
     """
+    if isinstance(data, str):
+        raise DataError(f"{data!r:.80} is text, not a dataset. Read what it names, and pass the dataset.")
+    if hasattr(data, "iloc"):
+        raise DataError(
+            f"A {type(data).__name__} gives columns, not samples. Pass ray.data.from_pandas(frame) on a cluster, or "
+            "TensorDataset(inputs, labels) with tensors of its columns."
+        )
     if isinstance(data, Mapping):
         raise DataError(f"A dict with the keys {list(data)} is not a dataset. Pass one of its values.")
-    if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
+    if isinstance(data, Tensor) or (
+        isinstance(data, tuple) and any(isinstance(part, Tensor | np.ndarray) for part in data)
+    ):
         raise DataError(
-            f"A {type(data).__name__} of tensors could mean samples or columns. "
+            f"A {type(data).__name__} of tensors or arrays could mean samples or columns. "
             "Pass TensorDataset(inputs, labels), or a list with one tensor a sample."
         )
 

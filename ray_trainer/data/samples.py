@@ -1,6 +1,7 @@
 """Reading a map-style dataset sample by sample, with randomness that belongs to the sample."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -8,12 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from ray_trainer.data.batch import Batch
-from ray_trainer.data.description import DataDescription, describe_fields
+from ray_trainer.data.description import DataDescription, describe_fields, form_of
 from ray_trainer.data.fingerprint import fingerprint, sampled_rows
 from ray_trainer.data.order import Indices
 from ray_trainer.data.quarantine import BadDataPolicy, Finding, LeftOut
 from ray_trainer.errors import DataError
 from ray_trainer.seeding import generators_moved, isolated_rng, mark_generators, seed_sample
+from ray_trainer.users_code import users_line
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class SampleReader:
             except Exception as error:  # the user's collator may raise anything; it is raised again
                 raise DataError(
                     f"The samples {shortened(wanted)} could not be put into one batch: "
-                    f"{type(error).__name__}: {str(error).rstrip('.')}. {_unequal_fields(samples)}"
+                    f"{type(error).__name__}: {str(error).rstrip('.')}. {_differences(wanted, samples)}"
                     "Pass a collate_fn that can, for example one that pads."
                 ) from error
 
@@ -149,7 +151,7 @@ class SampleReader:
 
 def unreadable(what: str, error: Exception) -> DataError:
     """The error to raise for samples that could not be read."""
-    explained = DataError(f"{what}: {type(error).__name__}: {error}")
+    explained = DataError(f"{what}: {type(error).__name__}: {error}{users_line(error)}")
     explained.is_transient = isinstance(error, OSError)
     return explained
 
@@ -171,15 +173,19 @@ def _form(value: Any) -> Any:
     return type(value).__name__
 
 
-def _unequal_fields(samples: list[Any]) -> str:
-    """Which fields of samples that cannot be stacked differ in shape, as a sentence; empty where none does."""
-    found = []
-    first = samples[0]
-    keys = list(first) if isinstance(first, Mapping) else range(len(first)) if isinstance(first, list | tuple) else []
-    for key in keys:
-        values = [sample[key] for sample in samples if not isinstance(sample, Mapping) or key in sample]
-        shapes = {tuple(getattr(value, "shape", ())) for value in values}
-        if len(shapes) > 1:
-            name = repr(key) if isinstance(key, str) else f"element {key}"
-            found.append(f"{name} has the shapes {', '.join(map(str, sorted(shapes)))}")
-    return f"Of the fields, {'; '.join(found)}. " if found else ""
+def _differences(wanted: list[int], samples: list[Any]) -> str:
+    """Which of some samples that cannot be stacked is not like the others, as a sentence; empty where all are."""
+    columns = {"": samples}
+    if all(isinstance(sample, Mapping) for sample in samples):
+        columns |= {f"{key!r} of ": [sample.get(key) for sample in samples] for key in samples[0]}
+    elif all(isinstance(sample, tuple | list) for sample in samples):
+        columns |= {f"element {place} of ": list(column) for place, column in enumerate(zip(*samples, strict=False))}
+    found = [_odd_one(wanted, values, of) for of, values in columns.items()]
+    return f"Not all are alike: {'; '.join(filter(None, found))}. " if any(found) else ""
+
+
+def _odd_one(wanted: list[int], values: list[Any], of: str) -> str:
+    forms = [form_of(value) for value in values]
+    usual = Counter(forms).most_common(1)[0][0]
+    place = next((place for place, form in enumerate(forms) if form != usual), None)
+    return "" if place is None else f"{of}sample {wanted[place]} is {forms[place]}, of others {usual}"

@@ -157,6 +157,11 @@ class StreamSource:
     def _reason_for_inexactness(self) -> str | None:
         if self._stateful is not None:
             return None
+        if _has_lossy_state(self._loader.dataset):
+            return (
+                f"the state of {self._name} leaves out its shuffle buffer, so it is read again from its start and must "
+                "give the same again. Shuffle it before, for example its shards alone, to go on without that."
+            )
         if isinstance(self._loader.dataset, IterableDataset):
             return (
                 f"{self._name} has no state_dict and no random access, so it is read again from its start "
@@ -182,6 +187,8 @@ def as_loader(data: Any, plan: BatchPlan, collate_fn: Collate | None = None) -> 
             f"A {type(data).__name__} can be read only once, but training needs it each epoch and after a "
             "restart. Pass an object whose __iter__ starts anew."
         )
+    if collate_fn is None and hasattr(data, "with_format"):  # of Hugging Face, which gives lists where nothing is set
+        data = data.with_format("torch")
     dataset = data if isinstance(data, IterableDataset) else _Stream(data)
     return DataLoader(dataset, batch_size=plan.batch_size, collate_fn=collate_fn, drop_last=plan.drop_last)
 
@@ -201,10 +208,18 @@ def _stateful_part(loader: "DataLoader[Any]") -> Stateful | None:
     candidates: list[Any] = [loader]
     if loader.num_workers == 0:
         candidates += [loader.dataset, getattr(loader.dataset, "iterable", None)]
-    for candidate in candidates:
+    for candidate in candidates if not _has_lossy_state(loader.dataset) else ():
         if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
             return candidate  # type: ignore[no-any-return]  # found by its two methods
     return None
+
+
+def _has_lossy_state(dataset: Any) -> bool:
+    """Whether it is a streamed Hugging Face dataset with a shuffle buffer, which is not in its state (datasets 5.2)."""
+    part = getattr(dataset, "_ex_iterable", None)
+    while part is not None and not type(part).__name__.startswith("BufferShuffled"):
+        part = getattr(part, "ex_iterable", None)
+    return part is not None
 
 
 def _announce_epoch(loader: "DataLoader[Any]", epoch: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
+from ray_trainer.errors import ConfigError
 from ray_trainer.gradients.norms import GradientGroups, group_gradients, scale_gradients, total_norm
 
 
@@ -95,7 +96,15 @@ class GradientAccumulator:
         """Add the gradients of one micro-batch's summed loss.
 
         A loss that is NaN or infinite makes all of them NaN, so that the one norm tells every rank of it.
+
+        Raises:
+            ConfigError: the loss depends on no parameter.
         """
+        if not loss_sum.requires_grad:
+            raise ConfigError(
+                "The loss depends on no parameter that is trained, so it has no gradient. Look for .detach(), "
+                "torch.no_grad(), argmax or NumPy between the model's parameters and what its forward returns."
+            )
         if self._scaler is not None:
             loss_sum = self._scaler.scale(loss_sum / self._loss_divisor)
         if loss_sum.is_cpu and math.isfinite(loss_sum.item()):  # no device to wait for, and quicker than the way below

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ray_trainer.errors import ConfigError
 from ray_trainer.storage.naming import naming
 
 Buffer = bytes | memoryview
@@ -124,3 +125,19 @@ def make_directory(directory: Path) -> None:
     make_directory(directory.parent)
     directory.mkdir(exist_ok=True)
     sync_directory(directory.parent)
+
+
+def refuse_unwritable(directory: Path, setting: str) -> None:
+    """Refuse a place where nothing can be kept, as far as that can be seen without writing.
+
+    Args:
+        directory: need not exist.
+        setting: that names it.
+
+    Raises:
+        ConfigError: it is below a file, or in a directory that this user may not write in.
+    """
+    there = next(place for place in (directory, *directory.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written" if there.is_dir() else "is a file"
+        raise ConfigError(f"{setting}: {there} {what}. Name a directory in which the run may write.")

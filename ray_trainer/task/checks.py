@@ -8,6 +8,7 @@ from torch import Tensor
 from ray_trainer.errors import DataError
 from ray_trainer.losses import IGNORE_LABEL
 from ray_trainer.losses.explain import label_range_error
+from ray_trainer.task.explain import describe_value
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -41,7 +42,8 @@ def check_target(name: str, target: Any, labels: str, num_classes: int | None, i
     """
     if not isinstance(target, Tensor):
         raise DataError(
-            f"the target {name!r} is of type {type(target).__name__}. Let the dataset or collate_fn return one."
+            f"the target {name!r} is a {describe_value(target)}, not a tensor. Let the dataset or the pipeline give "
+            "numbers of one shape, for example the number of a class in place of its name."
         )
     if labels in ("tokens", "classes"):
         _check_class_numbers(name, target, num_classes, ignored)

@@ -59,7 +59,7 @@ def explain_forward_error(error: BaseException, batch: Any, model: nn.Module) ->
 
 def describe_batch(batch: Any) -> str:
     """Return the fields of a batch with dtype and shape: "input_ids int64 (8, 32), labels int64 (8,)"."""
-    return ", ".join(f"{name} {_describe(value)}" for name, value in named_fields(batch)) or "no fields"
+    return ", ".join(f"{name} {describe_value(value)}" for name, value in named_fields(batch)) or "no fields"
 
 
 def named_fields(batch: Any) -> Iterator[tuple[str, Any]]:
@@ -72,7 +72,8 @@ def named_fields(batch: Any) -> Iterator[tuple[str, Any]]:
         yield "the batch", batch
 
 
-def _describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """Return type and shape of a field's value, or the type of what a list holds."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, list | tuple) and value:

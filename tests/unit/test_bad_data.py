@@ -148,3 +148,28 @@ def test_refused_rows_leave_no_trace_on_disk(tmp_path):
     with pytest.raises(DataError, match="row 17"):
         trainer.train(numbered(at_17=math.nan))
     assert not (tmp_path / "run").exists()
+
+
+class Sampled(torch.utils.data.Dataset):
+    """Read sample by sample, so that nobody looks before training."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index]
+
+
+@pytest.mark.parametrize("held_back", [0.0, 0.4])
+def test_skipped_step_names_the_samples_that_are_to_blame(tmp_path, caplog, held_back):
+    data = Sampled(numbered(60, at_5=math.nan, at_14=math.inf))  # both are trained on, also where some are held back
+    config = settings(tmp_path, epochs=1, batch_size=4, validation_split=held_back)
+
+    Trainer(nn.Linear(3, 3), SimpleNamespace(), config, PAIRS).train(data)
+
+    told = [place for event in events(tmp_path, "step_skipped") for place in event["bad_samples"]]
+    assert sorted(told) == ["row 14: infinity in column '0'", "row 5: NaN in column '0'"]
+    assert all(place in caplog.text for place in told)

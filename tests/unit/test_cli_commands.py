@@ -82,6 +82,14 @@ def test_new_writes_an_experiment_that_loads_and_is_named_after_its_directory(tm
     assert str(run_path) in capsys.readouterr().out
 
 
+def test_setting_without_a_value_is_told_how_settings_are_written(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "run.yaml", "training.epochs"])
+
+    assert caught.value.code == 2
+    assert "training.epochs. Settings are written section.key=value." in capsys.readouterr().err
+
+
 def test_new_overwrites_nothing(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("mine")
 

@@ -2,6 +2,7 @@ import logging
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -157,7 +158,19 @@ def test_dropping_all_there_is_is_refused():
         build_source(numbered(3), plan(4, drop_last=True))
 
 
-@pytest.mark.parametrize("data", [{"train": numbered(3)}, torch.zeros(3), (torch.zeros(3), torch.zeros(3)), 7, None])
+NO_DATASETS = [
+    {"train": numbered(3)},
+    torch.zeros(3),
+    (torch.zeros(3), torch.zeros(3)),
+    (np.zeros(3), np.zeros(3)),
+    pd.DataFrame({"x": [1.0]}),
+    "train.csv",
+    7,
+    None,
+]
+
+
+@pytest.mark.parametrize("data", NO_DATASETS, ids=lambda data: type(data).__name__)
 def test_what_is_no_dataset_is_refused(data):
     with pytest.raises(DataError):
         build_source(data, plan())
@@ -272,9 +285,26 @@ def test_a_sample_that_cannot_be_read_is_named_with_its_cause(dataset, num_loade
         list(source.steps(0))
 
 
-def test_samples_that_do_not_fit_together_are_named():
-    source = build_source([torch.zeros(2), torch.zeros(3)], plan(2, shuffle=False))
-    with pytest.raises(DataError, match=r"samples \[0, 1\] could not be put into one batch"):
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({"x": torch.zeros(2), "y": 1}, r"'x' of sample 2 is float32 \[2\], of others float32 \[3\]\."),
+        ({"x": None, "y": 1}, r"'x' of sample 2 is NoneType, of others float32 \[3\]\."),
+        (None, r"sample 2 is NoneType, of others dict\."),
+    ],
+)
+def test_sample_that_is_not_like_the_others_is_named(odd, told):
+    samples = [{"x": torch.zeros(3), "y": 0}] * 2 + [odd] + [{"x": torch.zeros(3), "y": 0}]
+    source = build_source(samples, plan(4, shuffle=False))
+    with pytest.raises(DataError, match=rf"samples \[0, 1, 2, 3\] could not be put into one batch.*{told}"):
+        list(source.steps(0))
+
+
+def test_line_of_the_dataset_that_failed_is_told():
+    source = build_source(Broken(), plan(23))
+    with pytest.raises(
+        DataError, match=r'disk on fire \(.*test_data_source.py, line \d+: raise OSError\("disk on fire"'
+    ):
         list(source.steps(0))
 
 

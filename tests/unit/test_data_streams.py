@@ -61,6 +61,19 @@ class Ranged:
         return iter(range(7))
 
 
+class Columns:
+    """What a streamed Hugging Face dataset looks like from outside: lists, unless tensors are asked for."""
+
+    def __init__(self, form: Any = list) -> None:
+        self.form = form
+
+    def with_format(self, name: str) -> "Columns":
+        return Columns({"torch": torch.tensor}[name])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"x": self.form([number, 0.5])} for number in range(6))
+
+
 def plan(batch_size: int = 4, global_batch_size: int | None = None, **options: Any) -> BatchPlan:
     return BatchPlan(batch_size, global_batch_size or batch_size, **options)
 
@@ -125,6 +138,31 @@ def test_an_iterable_that_knows_its_position_is_not_read_again():
     assert values(fresh.steps(0, 1)) == values(steps) == [[[5, 6], [7, 8]], [[9, 10], [11, 12]]]
     assert dataset.reads == 8
     assert fresh.exact
+
+
+def test_streamed_columns_of_hugging_face_become_tensors_unless_a_collator_makes_the_batch():
+    (batch,) = next(build_source(Columns(), plan(3)).steps(0)).micro_batches
+    assert batch["x"].tolist() == [[0, 0.5], [1, 0.5], [2, 0.5]]
+    (samples,) = next(build_source(Columns(), plan(3), collate_fn=list).steps(0)).micro_batches
+    assert samples[0] == {"x": [0, 0.5]}
+
+
+class BufferShuffledExamples:
+    """The part of a streamed Hugging Face dataset that shuffles it; found by its name."""
+
+
+class Wrapped:
+    ex_iterable = BufferShuffledExamples()
+
+
+def test_state_that_leaves_out_a_shuffle_buffer_is_not_used(caplog):
+    dataset = Counting()
+    dataset._ex_iterable = Wrapped()  # type: ignore[attr-defined]
+    source = build_source(dataset, plan(2, 4))
+
+    assert source.state_dict() == {}
+    assert not source.exact
+    assert "leaves out its shuffle buffer" in caplog.text
 
 
 def test_a_state_of_another_place_is_not_used():

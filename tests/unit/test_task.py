@@ -409,7 +409,7 @@ def test_batch_that_cannot_be_read_is_named_with_its_fields(spec, batch, message
         ("classification", torch.tensor([0, 3]), "Label 3 in 'y' is out of range: the task has 3 classes"),
         ("classification", torch.tensor([0, -1]), "Label -1 in 'y'"),
         ("classification", torch.tensor([0.0, 1.0]), "'y' is torch.float32, but a class is a whole number"),
-        ("classification", [0, 1], "'y' is of type list"),
+        ("classification", [0, 1], "'y' is a list of int, not a tensor"),
         ("classification", torch.tensor([0, 1, 2]), "'x' has 2 rows and the target 'y' has 3"),
         ("multilabel", torch.tensor([[0.0, 2.0, 1.0]] * 2), r"'y' holds 2; .* must be in 0\.\.1"),
         ("regression", torch.tensor([0.0, float("nan")]), "'y' is NaN or infinite in row 1"),

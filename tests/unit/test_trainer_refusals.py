@@ -1,5 +1,6 @@
 """Wrong input in Python: refused before the first step, named, and nothing is left on disk."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +269,19 @@ def test_model_whose_output_cannot_be_read_is_refused(run_dir, output):
     message = refused(run_dir, Points(12), model=Strange())
 
     assert "The first batch fails in the model or the loss" in message
+    assert "line " not in message  # it would be one of ours
+
+
+def test_error_below_the_users_model_is_told_with_the_line_of_the_model(run_dir):
+    class Broken(Network):
+        def forward(self, features):
+            return json.loads("no JSON")
+
+    message = refused(run_dir, Points(12), model=Broken())
+
+    assert "JSONDecodeError" in message
+    assert f"({__file__}, line " in message
+    assert ': return json.loads("no JSON")). Compare' in message
 
 
 def test_run_is_not_continued_with_another_optimizer(run_dir):
@@ -280,3 +294,19 @@ def test_run_is_not_continued_with_another_optimizer(run_dir):
         )
 
     assert everything_in(run_dir) == before
+
+
+def test_model_that_cuts_its_gradients_off_is_told_to_the_user(tmp_path):
+    class Detached(Network):
+        def forward(self, features):
+            return super().forward(features).detach()
+
+    with pytest.raises(ConfigError, match=r"depends on no parameter.*detach"):
+        Trainer(Detached(), SimpleNamespace(), settings(tmp_path), POINTS).train(Points(12))
+
+
+def test_run_directory_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match=r"checkpoint_dir: .*file is a file\. Name a directory"):
+        Trainer(Network(), SimpleNamespace(), settings(tmp_path / "file" / "run"), POINTS).train(Points(12))
