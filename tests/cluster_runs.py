@@ -82,7 +82,7 @@ class Command:
             env=environment | {"RAY_TMPDIR": ray_temp_dir},
             start_new_session=True,
         )
-        self._seen: set[tuple[int, str]] = set()
+        self.seen: set[tuple[int, str]] = set()
 
     @property
     def pid(self) -> int:
@@ -156,12 +156,12 @@ class Command:
 
     def wait_until_nothing_is_left(self) -> None:
         """Until no process of the command or of its Ray, as far as they were seen, is alive."""
-        self.until(lambda: not any(map(is_alive, self._seen)) or None, "the end of all processes")
+        self.until(lambda: not any(map(is_alive, self.seen)) or None, "the end of all processes")
 
     def close(self) -> None:
         """End whatever is left of it."""
         self._family()
-        for pid, started in self._seen:
+        for pid, started in self.seen:
             if is_alive((pid, started)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -173,7 +173,7 @@ class Command:
     def _family(self) -> list[int]:
         """The command and all that descend from it; also remembered."""
         family = descendants(self._process.pid)
-        self._seen |= {(pid, started_at(pid)) for pid in family}
+        self.seen |= {(pid, started_at(pid)) for pid in family}
         return family
 
     def until(self, look: Callable[[], T | None], what: str) -> T:
