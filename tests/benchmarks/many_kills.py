@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "chaos")]
 
-import slow_points
-from cluster_runs import (
+import slow_points  # noqa: E402 - found through the path that is set above
+from cluster_runs import (  # noqa: E402
     Command,
     assert_same_run,
     command_line,
@@ -76,14 +76,14 @@ def sample(command: Command) -> dict[str, float]:
         "processes": len(family),
         "actors": sum(command_line(pid).startswith("ray::") for pid in family),
         "driver MB": rss_mb(command.pid),
-        "driver fds": num_fds(command.pid),
+        "driver fds": num_entries(command.pid, "fd"),
         "controller MB": memory["controller"],
-        "controller fds": sum(num_fds(pid) for pid, role in roles.items() if role == "controller"),
+        "controller fds": sum(num_entries(pid, "fd") for pid, role in roles.items() if role == "controller"),
         "survivor MB": rss_mb(survivor),
-        "survivor fds": num_fds(survivor),
-        "survivor threads": len(os.listdir(f"/proc/{survivor}/task")),
+        "survivor fds": num_entries(survivor, "fd"),
+        "survivor threads": num_entries(survivor, "task"),
         "raylet MB": memory["raylet"],
-        "raylet fds": sum(num_fds(pid) for pid, role in roles.items() if role == "raylet"),
+        "raylet fds": sum(num_entries(pid, "fd") for pid, role in roles.items() if role == "raylet"),
         "gcs MB": memory["gcs"],
         "rendezvous MB": memory["rendezvous"],
         "shared memory": len(shared),
@@ -117,9 +117,10 @@ def rss_mb(pid: int) -> float:
     return (resident - shared) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
-def num_fds(pid: int) -> int:
+def num_entries(pid: int, kind: str) -> int:
+    """Open files, or threads, of a process."""
     try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
+        return len(list(Path(f"/proc/{pid}/{kind}").iterdir()))
     except OSError:
         return 0
 
@@ -177,7 +178,10 @@ def rejoined(command: Command) -> list[dict[str, object]]:
 
 def show(number: int, seconds: float, figures: dict[str, float]) -> None:
     cells = [f"{figures[name]:.1f}" if MEMORY in name else f"{figures[name]:.0f}" for name in figures]
-    print(f"{number:5} {seconds:7.1f}  " + " ".join(cell.rjust(len(name)) for name, cell in zip(figures, cells)))
+    print(
+        f"{number:5} {seconds:7.1f}  "
+        + " ".join(cell.rjust(len(name)) for name, cell in zip(figures, cells, strict=True))
+    )
 
 
 def growth(samples: list[dict[str, float]], half: int) -> None:
