@@ -55,6 +55,7 @@ def run_file(directory: Path, **settings: object) -> Path:
             "save_every_n_epochs": None,
             "save_every_n_steps": 100,
             "keep_last_n": 3,
+            "keep_best_k": 0,
             "tensorboard": False,
             **settings,
         },
