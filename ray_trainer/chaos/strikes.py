@@ -16,7 +16,16 @@ from ray_trainer.narration import tell
 from ray_trainer.storage import Storage
 
 _STOPPED_EXIT = 143
-_ANSWERS = ("rejoined", "resumed", "workers_started", "run_finished")
+#: The event in which a run itself tells of a fault.
+_SIGNS = {
+    "worker": "failure",
+    "workers": "failure",
+    "stop": "hang",
+    "controller": "controller_lost",
+    "driver": "workers_started",
+    "terminate": "interrupted",
+    "checkpoint": "checkpoint_rejected",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Striker:
             None if the run was over before.
 
         Raises:
-            RunError: the run failed, or the fault did not show.
+            RunError: the run failed, or does not tell of the fault.
         """
         strike = {
             "worker": self._kill_worker,
@@ -94,17 +103,18 @@ class Striker:
             time.sleep(fault.part * step_s)
             at = time.time()
             proof = strike(fault)
+            step, back_at = self._coming_back(fault, at)
+            what = f"a step after {step}"
+            went_on_at = self._driver.until(lambda: self._first_step_after(step, back_at), what)
         except RunIsOver:
             return None
-        step = self._driver.newest_step()  # before the next start takes back what will be done twice
-        resumed_at = self._driver.until(lambda: self._first_new_step(step, at), f"a step after {step}")
         return Strike(
             fault,
             step,
-            proof=f"{proof}; {self._seen(fault, at)}",
+            proof=f"{proof}; event {_SIGNS[fault.kind]}",
             answer=self._answer(at),
             steps_repeated=max(0, step - self._went_back_to(at)),
-            seconds_lost=resumed_at - at,
+            seconds_lost=went_on_at - at,
         )
 
     def _is_time(self, fault: Fault) -> bool | None:
@@ -167,31 +177,33 @@ class Striker:
         self._driver.start()
         return f"the command ended with {code}"
 
-    def _first_new_step(self, step: int, at: float) -> float | None:
+    def _coming_back(self, fault: Fault, at: float) -> tuple[int, float]:
+        """Wait until the workers are back and the run has told of the fault.
+
+        Returns:
+            The last step that was completed before, also by workers that got a little further; and when they were
+            back.
+        """
+        completed: dict[int, float] = {}
+
+        def look() -> float | None:
+            for row in self._driver.steps():  # until they are taken back, because they will be done again
+                completed.setdefault(row["step"], row["time"])
+            back = self._driver.events("workers_started", "run_finished", since=at)
+            has_told = self._driver.events(_SIGNS[fault.kind], since=at)
+            return float(back[0]["time"]) if back and has_told else None
+
+        back_at = self._driver.until(look, f"the event {_SIGNS[fault.kind]}, and workers")
+        return max((step for step, time_s in completed.items() if time_s <= back_at), default=0), back_at
+
+    def _first_step_after(self, step: int, back_at: float) -> float | None:
         """When the first step was completed that had not been before, or the run ended."""
-        new = [row["time"] for row in self._driver.steps() if row["step"] > step and row["time"] > at]
-        ends = [row["time"] for row in self._driver.events("run_finished", since=at)]
+        new = [row["time"] for row in self._driver.steps() if row["step"] > step and row["time"] > back_at]
+        ends = [row["time"] for row in self._driver.events("run_finished", since=back_at - 1e-6)]
         return float(min([*new, *ends])) if new or ends else None
 
-    def _seen(self, fault: Fault, at: float) -> str:
-        """The event in which the run itself tells of the fault.
-
-        Raises:
-            RunError: there is none, so who knows what happened.
-        """
-        names = {
-            "controller": ("controller_lost",),
-            "stop": ("hang",),
-            "checkpoint": ("checkpoint_rejected",),
-            "terminate": ("interrupted",),
-        }.get(fault.kind, _ANSWERS)
-        events = self._driver.events(*names, since=at)
-        if not events:
-            raise RunError(f"The fault {fault} at step {fault.step} left no event {' or '.join(names)} behind.")
-        return f"event {events[0]['event']}"
-
     def _answer(self, at: float) -> str:
-        told = [text for event in self._driver.events(*_ANSWERS[:2], since=at) if (text := tell(event))]
+        told = [text for event in self._driver.events("resumed", "rejoined", since=at) if (text := tell(event))]
         return told[-1] if told else "started again from the beginning: there was no checkpoint yet"
 
     def _went_back_to(self, at: float) -> int:
