@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-_DIES_WITHIN_S = 10.0
+_DIES_WITHIN_S = 30.0
 
 
 class Identity(NamedTuple):

@@ -19,10 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matrix_experiment
-from cluster_runs import Command, is_alive, started_at, training, whole_lines, write_run_file
+from cluster_runs import Command, training, whole_lines, write_run_file
 from matrix_experiment import STEPS_AN_EPOCH
 
 from ray_trainer.chaos import compare_runs
+from ray_trainer.chaos.processes import identity, is_alive
 from ray_trainer.storage import Storage
 
 WORKERS = 3
@@ -149,7 +150,7 @@ class Run:
             (self.graves / "new").rename(self.graves / f"{point}-rank{rank}")  # whole at once
         seen = command.until(lambda: self.fired()[before + len(deaths) - 1 :] or None, f"the death in {phase}")
         for pid in seen[-1]["pids"]:
-            command.until(lambda pid=pid: not is_alive((pid, started_at(pid))) or None, "the end of a process")
+            command.until(lambda pid=pid: not is_alive(identity(pid)) or None, "the end of a process")
         return seen[-1]
 
     def fired(self) -> list[dict[str, Any]]:
