@@ -250,7 +250,7 @@ class Intercepted(nn.parallel.DistributedDataParallel):
         self.register_comm_hook(None, reduce_and_tell)
 
 
-def reduce_and_tell(state: None, bucket: Any) -> Any:
+def reduce_and_tell(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     buffer = bucket.buffer().div_(dist.get_world_size())
     work = dist.all_reduce(buffer, async_op=True)
     GRAVES.at("all_reduce")
