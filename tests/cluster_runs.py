@@ -180,10 +180,11 @@ class Command:
         """What is looked for, once it is there."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
+            before = time.monotonic()
             found = look()
             if found is not None:
                 return found
-            time.sleep(0.005)
+            time.sleep(max(0.005, 5 * (time.monotonic() - before)))  # looking must not be what the machine does
         raise AssertionError(f"waited in vain for {what}:\n{self.output}")
 
 

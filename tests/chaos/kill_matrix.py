@@ -158,18 +158,28 @@ class Run:
 
     def recovery(self, command: Command, victim: str, phase: str, fired: dict[str, Any]) -> Death:
         """Once the run has got further than before."""
-        done = max((row["step"] for row in self.rows() if row["time"] <= fired["time"]), default=0)
-        done = max(done, fired["step"])
+        completed: dict[int, float] = {}
+
+        def back() -> float | None:
+            for row in self.rows():  # until they are taken back, because they will be done again
+                completed.setdefault(row["step"], row["time"])
+            return next((row["time"] for row in self.events("workers_started", since=fired["time"])), None)
+
+        back_at = command.until(back, "workers")
+        done = max([step for step, time_s in completed.items() if time_s <= back_at] + [fired["step"]])
 
         def new() -> dict[str, Any] | None:
-            return next((row for row in self.rows() if row["step"] > done and row["time"] > fired["time"]), None)
+            return next((row for row in self.rows() if row["step"] > done and row["time"] > back_at), None)
 
         first = command.until(new, f"a step after {done}")
-        events = whole_lines(self.run_dir / "events.jsonl")
-        resumed = [row for row in events if row["event"] == "resumed" and row["time"] > fired["time"]]
-        repeated = max(0, done - min((row["step"] for row in resumed), default=done))
-        way = "+".join(row["tier"] for row in resumed) or "went on"
-        return Death(phase, victim, fired["step"], first["time"] - fired["time"], repeated, way)
+        resumed = self.events("resumed", since=fired["time"])
+        repeated = done - min((row["step"] for row in resumed), default=0)
+        way = "+".join(row["tier"] for row in resumed) or "from the beginning"
+        return Death(phase, victim, fired["step"], first["time"] - fired["time"], max(0, repeated), way)
+
+    def events(self, name: str, since: float) -> list[dict[str, Any]]:
+        rows = whole_lines(self.run_dir / "events.jsonl")
+        return [row for row in rows if row["event"] == name and row["time"] > since]
 
     def rows(self) -> list[dict[str, Any]]:
         return [row for row in whole_lines(self.run_dir / "metrics.jsonl") if row["split"] == "train"]

@@ -41,11 +41,12 @@ class Graves:
 
     def at(self, point: str) -> None:
         """Do what is to happen at this point, if this rank has a grave there."""
+        if not self.is_dug(point) or is_orphan():
+            return
         grave = self.place / f"{point}-rank{rank()}"
-        with suppress(FileNotFoundError):
-            victim = grave.read_text()
-            grave.unlink()
-            self.kill(point, victim)
+        victim = grave.read_text()
+        grave.unlink()
+        self.kill(point, victim)
 
     def is_dug(self, point: str) -> bool:
         return (self.place / f"{point}-rank{rank()}").exists()
@@ -85,6 +86,11 @@ def victims(victim: str) -> list[int]:
             raise AssertionError(victim)
     assert chosen, f"no {victim} to be seen"
     return chosen
+
+
+def is_orphan() -> bool:
+    """Whether the driver is dead, so that this worker is not of the run any more."""
+    return "python" not in command_line(int(stat(os.getppid())[1])).split("\0")[0]
 
 
 def stat(pid: int) -> list[str]:
