@@ -22,6 +22,9 @@ import yaml
 from experiments import assert_same, metric_rows
 from safetensors.torch import load_file
 
+from ray_trainer.chaos.processes import Identity, command_line, descendants, end, identity, is_alive
+from ray_trainer.chaos.processes import kill as kill  # for the tests
+
 T = TypeVar("T")
 
 PATIENCE_S = 240  # for what takes ten seconds on a machine that does nothing else
@@ -82,7 +85,7 @@ class Command:
             env=environment | {"RAY_TMPDIR": ray_temp_dir},
             start_new_session=True,
         )
-        self._seen: set[tuple[int, str]] = set()
+        self.seen: set[Identity] = set()
 
     @property
     def pid(self) -> int:
@@ -156,15 +159,12 @@ class Command:
 
     def wait_until_nothing_is_left(self) -> None:
         """Until no process of the command or of its Ray, as far as they were seen, is alive."""
-        self.until(lambda: not any(map(is_alive, self._seen)) or None, "the end of all processes")
+        self.until(lambda: not any(map(is_alive, self.seen)) or None, "the end of all processes")
 
     def close(self) -> None:
         """End whatever is left of it."""
         self._family()
-        for pid, started in self._seen:
-            if is_alive((pid, started)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        end(self.seen)
         self._process.wait()
 
     def _workers(self) -> list[int]:
@@ -173,17 +173,18 @@ class Command:
     def _family(self) -> list[int]:
         """The command and all that descend from it; also remembered."""
         family = descendants(self._process.pid)
-        self._seen |= {(pid, started_at(pid)) for pid in family}
+        self.seen |= {identity(pid) for pid in family}
         return family
 
     def until(self, look: Callable[[], T | None], what: str) -> T:
         """What is looked for, once it is there."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
+            before = time.monotonic()
             found = look()
             if found is not None:
                 return found
-            time.sleep(0.005)
+            time.sleep(max(0.005, 5 * (time.monotonic() - before)))  # looking must not be what the machine does
         raise AssertionError(f"waited in vain for {what}:\n{self.output}")
 
 
@@ -196,57 +197,6 @@ def training(run_file: Path, command: str = "train") -> Iterator[Command]:
             yield running
         finally:
             running.close()
-
-
-def kill(pid: int) -> None:
-    """As ``kill -9``; returns when the process is gone."""
-    identity = (pid, started_at(pid))
-    os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while is_alive(identity):
-        assert time.monotonic() < deadline, f"process {pid} survived SIGKILL"
-        time.sleep(0.005)
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and its children, and theirs."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        fields = stat_fields(int(entry.name))
-        if fields:
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    family = [pid]
-    for member in family:
-        family += children.get(member, [])
-    return family
-
-
-def stat_fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat, those after the name: state, parent, ...; none if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def started_at(pid: int) -> str:
-    """Tells a process from a later one with the same number."""
-    fields = stat_fields(pid)
-    return fields[19] if fields else ""
-
-
-def is_alive(identity: tuple[int, str]) -> bool:
-    """Whether the process with this number and time of start still runs."""
-    pid, started = identity
-    fields = stat_fields(pid)
-    return bool(fields) and fields[19] == started and fields[0] not in ("Z", "X")
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

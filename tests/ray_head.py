@@ -5,7 +5,6 @@ It asks for a token, on ports of its own, so that neither another Ray on this ma
 
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster_runs import descendants, is_alive, short_directory, started_at
+from cluster_runs import short_directory
+
+from ray_trainer.chaos import processes
 
 PATIENCE_S = 120
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
@@ -112,12 +113,5 @@ def wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) ->
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """With SIGKILL: told to terminate, it would drain its node first."""
-    family = [(pid, started_at(pid)) for pid in descendants(process.pid)]
-    for pid, started in family:
-        if is_alive((pid, started)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    processes.end({processes.identity(pid) for pid in processes.descendants(process.pid)})
     process.wait()
-    deadline = time.monotonic() + 20
-    while any(map(is_alive, family)) and time.monotonic() < deadline:
-        time.sleep(0.05)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ray_trainer.cli import (
+    chaos,
     checkpoints,
     completion,
     config,
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, sweep, submit, status, report, checkpoints, export, config, plan, new, doctor):
+    for command in (train, sweep, submit, status, report, chaos, checkpoints, export, config, plan, new, doctor):
         command.add_parser(subparsers)
     completion.add_parser(subparsers, _parser)
     return parser

@@ -120,15 +120,28 @@ def record(run: Storage, link: ActorHandle, event: str, **details: Any) -> None:
 
 
 def furthest_step(run: Storage, link: ActorHandle) -> int:
-    """The last step that is known to be completed: as the workers told it, or as storage has it."""
+    """The last step that is known to be completed: as the workers told it, or as storage has it.
+
+    What they tell comes twice a second, and a run may get a few steps further between two failures that are closer.
+    """
     try:
         told = int(ray.get(link.newest_step.remote(), timeout=_ANSWER_WITHIN_S))
     except ray.exceptions.RayError:
         told = 0  # the link has just been started again
     try:
-        return max(told, newest_step(run))
+        return max(told, furthest_on_storage(run))
     except OSError:
         return told
+
+
+def furthest_on_storage(run: Storage) -> int:
+    """The last step that a checkpoint has, or that workers went on from, which a survivor may have had alone.
+
+    Raises:
+        OSError: storage cannot be read.
+    """
+    resumed = (int(row.get("step", 0)) for row in read_events(run) if row["event"] == "resumed")
+    return max(newest_step(run), *resumed, 0)
 
 
 def what_is_kept(storage: Storage) -> str:

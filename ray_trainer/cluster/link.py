@@ -51,7 +51,8 @@ def open_link() -> ActorHandle:
             """The last completed step that rank 0 has told of."""
             return int(self._progress.get("step", 0))
 
-    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(Link).remote()
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": beside_driver()}
+    return ray.remote(**options, enable_task_events=False)(Link).remote()  # Ray's head remembers each call otherwise
 
 
 class WorkerLink:

@@ -26,6 +26,7 @@ LOCAL_SETTINGS = {
     # a cleaner of Ray Train's asks a dashboard each second; without one it complains, or asks that of another Ray
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
     "RAY_LOGGER_LEVEL": "error",
+    "RAY_task_events_report_interval_ms": "0",  # the head remembers each call of an actor, for a dashboard to show
 }
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_runs import is_alive, kill, started_at
 from experiments import events
 from watched_worker import FLOOR_S, STEPS
+
+from ray_trainer.chaos.processes import identity, is_alive, kill
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(120)]
 
@@ -120,12 +121,12 @@ def test_monitor_ends_with_its_worker(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.01)
     monitor = int(told.read_text())
-    identity = (monitor, started_at(monitor))
+    process = identity(monitor)
     command = Path(f"/proc/{monitor}/cmdline").read_text()
 
     kill(workers._processes["save"].pid)
 
-    while is_alive(identity):
+    while is_alive(process):
         assert time.monotonic() < until
         time.sleep(0.01)
     assert "ray_trainer.pulse.process" in command

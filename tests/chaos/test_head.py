@@ -54,19 +54,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return command.run_dir
 
 
-def test_run_survives_the_loss_of_its_controller_more_often_than_it_may_fail(tmp_path, undisturbed):
-    with training(run_file(tmp_path)) as command:
-        for step in (50, 120):
-            with command.held_at(step):
-                kill(command.actor_pid("TrainController"))
-        assert command.wait() == 0, command.output
-
-    assert len(events(command.run_dir, "controller_lost")) == 2
-    first, second = (event["step"] for event in events(command.run_dir, "resumed"))
-    assert 30 <= first < 100 <= second
-    assert_same_run(undisturbed, command.run_dir)
-
-
 def test_lost_head_leaves_a_checkpoint_of_that_time_and_the_command_given_again_goes_on(
     tmp_path, undisturbed, monkeypatch
 ):

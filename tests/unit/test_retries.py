@@ -5,8 +5,11 @@ import traceback
 
 import pytest
 
+from ray_trainer.cluster.events import furthest_on_storage
 from ray_trainer.cluster.retries import Episodes, Repetitions, Retries, note_place
 from ray_trainer.errors import CheckpointError
+from ray_trainer.metrics import EventLog
+from ray_trainer.storage import Storage
 
 
 def raised(message: str, step: int, kind: type[Exception] = ValueError) -> Exception:
@@ -45,6 +48,16 @@ def test_getting_less_far_than_before_is_no_progress():
 
     assert [retries.allow(step) for step in (50, 40, 49)] == [True, True, False]
     assert [Retries(2).allow(step) for step in (50, 40, 51)] == [True, True, True]
+
+
+def test_run_that_is_killed_every_few_steps_counts_as_one_that_gets_further(tmp_path):
+    run, retries = Storage.open(tmp_path), Retries(1)
+
+    for attempt in range(1, 9):  # between two checkpoints, and before anybody was told of a step
+        EventLog(run, attempt).record("resumed", step=20 * attempt, epoch=0, tier="survivor")
+        assert retries.allow(furthest_on_storage(run))
+    EventLog(run, 9).record("resumed", step=20 * 8, epoch=0, tier="survivor")
+    assert not retries.allow(furthest_on_storage(run))
 
 
 def test_no_limit_is_no_limit():
