@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,11 +82,11 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
-    datasets = {name: _open(data) for name, data in job.datasets.items()}
+    datasets = cache(lambda: {name: _open(data) for name, data in job.datasets.items()})  # not by a spare
 
     def train(survivor: ProcessMemory | None) -> Outcome:
         with distributed.membership():
-            return _train(job, datasets, survivor)
+            return _train(job, datasets(), survivor)
 
     return train(None) if job.rejoining is None else job.rejoining.run(train)
 

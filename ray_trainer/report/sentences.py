@@ -13,7 +13,7 @@ _KINDS = {
     "checkpoint": ("checkpoint_saved",),
     "recovery": ("resumed", "rejoined", "rolled_back", "head_back", "sweep_resumed", "trial_took_over", "initialised"),
     "trouble": (
-        "failure", "hang", "corruption", "preempted", "controller_lost", "head_lost", "checkpoint_failed",
+        "failure", "spare_lost", "hang", "corruption", "preempted", "controller_lost", "head_lost", "checkpoint_failed",
         "checkpoint_rejected", "out_of_memory", "batch_failed",
     ),
 }  # fmt: skip
