@@ -1,11 +1,26 @@
 """A worker that is killed is replaced alone: the others stay, no step is lost or done twice, whatever comes next."""
 
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mortal_experiment
 import pytest
 import ray
-from cluster_runs import Command, assert_same_run, kill, ray_of_two_cpus, training, whole_lines
+from cluster_runs import (
+    PATIENCE_S,
+    Command,
+    assert_same_run,
+    command_line,
+    descendants,
+    kill,
+    ray_of_two_cpus,
+    training,
+    whole_lines,
+)
 from digits_run import KILL_AT_STEP, digits
 from experiments import events
 from mortal_experiment import LAST_STEP, experiment_of
@@ -56,10 +71,10 @@ def test_run_that_loses_each_rank_in_turn_ends_as_the_undisturbed_one(tmp_path: 
     assert_same_run(undisturbed, command.run_dir)
 
 
-def fit_with_deaths(directory: Path, *deaths: str) -> Path:
+def fit_with_deaths(directory: Path, *deaths: str, **cluster_settings: Any) -> Path:
     """The directory of a run of three workers in which each of these deaths came true."""
     graves = directory / "graves"
-    graves.mkdir(parents=True)
+    graves.mkdir(parents=True, exist_ok=True)
     for death in deaths:
         (graves / death).touch()
     training = TrainingConfig(epochs=3, batch_size=5, log_every_n_steps=4, save_every_n_steps=5, tensorboard=False)
@@ -69,26 +84,75 @@ def fit_with_deaths(directory: Path, *deaths: str) -> Path:
         name="mortal",
         storage_path=str(directory),
         max_failures=20,
+        **cluster_settings,
     )
     result = fit(experiment_of(), training, cluster, {"graves": str(graves)})
     assert list(graves.iterdir()) == []
     return Path(result.run_dir)
 
 
-def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The run of three workers in which nobody dies; its Ray is there for the others."""
     with ray_of_two_cpus():
-        whole = fit_with_deaths(tmp_path / "whole")
-        struck = fit_with_deaths(
-            tmp_path / "struck",
-            "in_forward_3-rank0",  # of its second step; the others wait for its gradients
-            "in_restore-rank0",  # the newcomer, once it has the state of a survivor
-            "in_restore-rank1",  # and one of the two survivors: what the third has must be enough
-            "after_validation-rank2",
-            *(f"after_step_14-rank{rank}" for rank in range(3)),  # nobody is left: the checkpoint of step 12
-            "at_the_end-rank0",  # the others are done, and come back for it
-        )
+        yield fit_with_deaths(tmp_path_factory.mktemp("whole"))
+
+
+def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_path: Path, whole: Path) -> None:
+    struck = fit_with_deaths(
+        tmp_path / "struck",
+        "in_forward_3-rank0",  # of its second step; the others wait for its gradients
+        "in_restore-rank0",  # the newcomer, once it has the state of a survivor
+        "in_restore-rank1",  # and one of the two survivors: what the third has must be enough
+        "after_validation-rank2",
+        *(f"after_step_14-rank{rank}" for rank in range(3)),  # nobody is left: the checkpoint of step 12
+        "at_the_end-rank0",  # the others are done, and come back for it
+    )
 
     resumed = events(struck, "resumed")
     assert [event["step"] for event in resumed] == [1, 6, 12, LAST_STEP]
     assert [event["tier"] for event in resumed] == ["survivor", "survivor", "storage", "storage"]
+    assert_same_run(whole, struck)
+
+
+def spare_pid(run_dir: Path) -> int:
+    """The only process of a worker that does not train, once there is one."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        training = whole_lines(run_dir / "events.jsonl")
+        pids = {pid for row in training if row["event"] == "workers_started" for pid in row["pids"]}
+        workers = [pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::RayTrainWorker")]
+        spares = [pid for pid in workers if pid not in pids]
+        if pids and len(spares) == 1:
+            return spares[0]
+        time.sleep(0.05)
+    raise AssertionError("no worker waits")
+
+
+def test_spares_take_the_place_of_the_dead_and_their_own_deaths_disturb_nobody(tmp_path: Path, whole: Path) -> None:
+    graves = tmp_path / "graves"
+    graves.mkdir()
+    hold = graves / "hold_after_step_5"
+    hold.touch()
+    deaths = ("after_step_3-rank1", "after_step_9-rank0", "in_restore-rank0")  # the last is a spare that took over
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(fit_with_deaths, tmp_path, *deaths, spare_workers=1, hang_floor_s=None)
+        run_dir = tmp_path / "mortal"
+        while "rejoined" not in [row["event"] for row in whole_lines(run_dir / "events.jsonl")]:
+            assert not running.done(), running.result()
+            time.sleep(0.05)
+        first = spare_pid(run_dir)  # Ray has started it in place of the one that died
+        kill(first)
+        assert spare_pid(run_dir) != first
+        hold.unlink()
+        struck = running.result()
+
+    resumed = events(struck, "resumed")
+    assert [(event["step"], event["tier"]) for event in resumed] == [(3, "survivor"), (9, "survivor")]
+    rejoined = events(struck, "rejoined")
+    assert [event["replaced"] for event in rejoined] == [[1], [0]]
+    assert rejoined[0]["by_spares"] == [1]
+    assert f"(pid {first})" in events(struck, "spare_lost")[0]["cause"]
+    failed = [event["cause"].partition(":")[0] for event in events(struck, "failure")]
+    assert failed in (["rank 1", "rank 0"], ["rank 1", "rank 0", "rank 0"])  # Ray may see two deaths at once
     assert_same_run(whole, struck)
