@@ -15,7 +15,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_trainer.cluster.config import ClusterConfig, useless_with
-from ray_trainer.cluster.events import FailureRecorder
+from ray_trainer.cluster.events import FailureRecorder, record
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
@@ -225,12 +225,14 @@ def _rejoining(cluster: ClusterConfig) -> Rejoining:
     return Rejoining(actor, num_ranks, num_spares, cluster.collective_timeout_s, cluster.hang_floor_s is not None)
 
 
-def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage, is_in_place: bool) -> TorchTrainer:
-    """One start: workers that an earlier one has left behind do not meet those of this one."""
+def _torch_trainer(
+    job: Job, cluster: ClusterConfig, storage: Storage, is_in_place: bool
+) -> tuple[TorchTrainer, Rejoining | None]:
+    """What a start needs: workers that an earlier one has left behind do not meet those of this one."""
     rejoining = _rejoining(cluster) if is_in_place else None
     job = replace(job, rejoining=rejoining)
     configure_torch = TorchConfig if rejoining is None else InPlaceConfig
-    return TorchTrainer(
+    trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=configure_torch(
@@ -255,13 +257,14 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage, is_in_pla
                     job.link,
                     cluster.max_failures,
                     job.training.on_bad_data == "quarantine",
-                    *([rejoining.ranks_of] if rejoining is not None else []),
+                    *([rejoining.ranks_of] if rejoining else []),
                 ),
                 GroupRecorder(job.link),
-                *([ReplacementGuard()] if rejoining is not None else []),
+                *([ReplacementGuard(rejoining.rendezvous, partial(record, storage, job.link))] if rejoining else []),
             ],
         ),
     )
+    return trainer, rejoining
 
 
 def _checkpoint(results: dict[str, Any], storage: Storage) -> ray.train.Checkpoint | None:

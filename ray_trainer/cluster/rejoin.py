@@ -33,7 +33,6 @@ from ray_trainer.cluster.link import beside_driver
 from ray_trainer.cluster.rendezvous import Card
 from ray_trainer.cluster.replacement import missing_interface
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import RunError
 from ray_trainer.storage.snapshots import ProcessMemory
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class Rejoining:
         rendezvous: where they meet.
         num_ranks: how many train together.
         num_spares: how many more wait for one of them to die.
-        patience_s: how long they wait for each other there.
+        patience_s: how long they wait for those that are alive.
         are_watched: a monitor ends those that hang, so that one that does not come is at work.
     """
 
@@ -107,9 +106,6 @@ class Rejoining:
 
         Returns:
             What rank 0 got, on all workers: any of them may be the one that Ray asks.
-
-        Raises:
-            RunError: the others did not come in time.
         """
         member = _Member(self)
         while True:
@@ -133,6 +129,21 @@ class Rejoining:
         if told is None:
             member.memory.kept = None  # what was trained is on storage
         return told
+
+    def outcome(self) -> Any | None:
+        """What the workers say that the run has come to; None as long as it lasts."""
+        try:
+            told = ray.get(self.rendezvous.outcome.remote(), timeout=_TELLS_WITHIN_S)
+        except ray.exceptions.RayError:
+            return None
+        return None if told is None else pickle.loads(told)
+
+    def end_controller(self) -> None:
+        """End Ray's controller of the run."""
+        with suppress(ray.exceptions.RayError):
+            controller = ray.get(self.rendezvous.controller.remote(), timeout=_TELLS_WITHIN_S)
+            if controller is not None:
+                ray.kill(controller)
 
     def ranks_of(self, places: Collection[int]) -> dict[int, int | None]:
         """See `Rendezvous.bury`; where it does not answer, each place is taken for the rank."""
@@ -162,14 +173,9 @@ class _Member:
         self.memory = ProcessMemory(story={"is_new": True})
 
     def join(self) -> bytes | None:
-        """Become part of the next generation, or wait until the run has ended, and return what it came to.
-
-        Raises:
-            RunError: the others did not come in time.
-        """
-        began_s = time.monotonic()
+        """Become part of the next generation, or wait until the run has ended, and return what it came to."""
         while True:
-            told = self._wait_for_others(began_s)
+            told = self._wait_for_others()
             if told is not None:
                 return told
             self.memory.story |= {"generation": self._number, "joined_at": time.time()}
@@ -209,12 +215,15 @@ class _Member:
         logger.warning("Rank %d is done and does not wait for the others any longer.", self._rank)
         return outcome
 
-    def _wait_for_others(self, began_s: float) -> bytes | None:
-        """Until this is a rank of a generation, or the run has ended; returns what it came to then."""
-        way = self._way
-        late_s = way.patience_s / 2 if way.are_watched else _APPEARS_WITHIN_S
-        ends_absent_at_s = began_s + late_s
-        while time.monotonic() < began_s + way.patience_s:
+    def _wait_for_others(self) -> bytes | None:
+        """Until this is a rank of a generation, or the run has ended; returns what it came to then.
+
+        There is no limit: a worker that Ray has no room for comes once there is room, and to start all of them again
+        would need no less.
+        """
+        late_s = self._way.patience_s / 2 if self._way.are_watched else _APPEARS_WITHIN_S
+        ends_absent_at_s = time.monotonic() + late_s
+        while True:
             answer = self._ask("join", self._card, self._number)
             if "outcome" in answer:
                 return cast(bytes, answer["outcome"])
@@ -227,18 +236,13 @@ class _Member:
                     return None
             if not answer.get("gathers", True):
                 self.memory.story["is_spare"] = True
-                began_s = time.monotonic()
-                ends_absent_at_s = began_s + late_s
+                ends_absent_at_s = time.monotonic() + late_s
                 time.sleep(_SPARE_ASKS_EVERY_S)
                 continue
             if time.monotonic() > ends_absent_at_s:
                 self._end_absent()
                 ends_absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
             time.sleep(_ASK_EVERY_S)
-        raise RunError(
-            f"a worker waited {way.patience_s:.0f} s for the others in vain. See the events of the run for what "
-            "happened to them; cluster.collective_timeout_s is how long they wait."
-        )
 
     def _end_absent(self) -> None:
         """End the workers that do not come here: they hang, and Ray would not notice."""

@@ -90,6 +90,7 @@ class Rendezvous:
         self._ended: dict[int, bytes] = {}
         self._outcome: bytes | None = None
         self._complete_s: float | None = None
+        self._controller: ActorHandle | None = None
 
     def join(self, card: Card, past: int) -> dict[str, Any]:
         """Ask for the next generation, again and again; who has not asked of late counts as gone.
@@ -145,6 +146,18 @@ class Rendezvous:
         elif not self._present():
             answer["outcome"] = self._outcome
         return answer
+
+    def outcome(self) -> bytes | None:
+        """What the run has come to, once all ranks are done."""
+        return self._outcome
+
+    def controller(self) -> ActorHandle | None:
+        """Ray's controller of the run."""
+        return self._controller
+
+    def is_controlled_by(self, controller: ActorHandle) -> None:
+        """Learn of Ray's controller."""
+        self._controller = controller
 
     def absent(self) -> list[ActorHandle]:
         """The members that may be alive and do not come for the next generation."""
