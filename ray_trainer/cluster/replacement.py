@@ -71,10 +71,11 @@ class ReplacementGuard(WorkerGroupCallback):
                         group.shutdown()  # it is replaced in its turn, once Ray has seen that it failed
                 try:
                     replace(index)
-                except ray.exceptions.RayActorError as error:  # one has died since
-                    logger.warning("Rank %d could not be replaced: %s", index, error)
-                    if attempt == _ATTEMPTS:
+                except Exception as error:
+                    has_died = any(isinstance(each, ray.exceptions.RayActorError) for each in (error, error.__cause__))
+                    if not has_died or attempt == _ATTEMPTS:
                         raise
+                    logger.warning("Worker %d could not be replaced, because one has died since.", index)
                 else:
                     return
 

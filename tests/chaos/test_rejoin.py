@@ -11,7 +11,6 @@ import mortal_experiment
 import pytest
 import ray
 from cluster_runs import (
-    PATIENCE_S,
     Command,
     assert_same_run,
     command_line,
@@ -80,11 +79,10 @@ def fit_with_deaths(directory: Path, *deaths: str, **cluster_settings: Any) -> P
     training = TrainingConfig(epochs=3, batch_size=5, log_every_n_steps=4, save_every_n_steps=5, tensorboard=False)
     cluster = ClusterConfig(
         num_workers=3,
-        resources_per_worker={"CPU": 0.5},
         name="mortal",
         storage_path=str(directory),
         max_failures=20,
-        **cluster_settings,
+        **{"resources_per_worker": {"CPU": 0.5}, **cluster_settings},
     )
     result = fit(experiment_of(), training, cluster, {"graves": str(graves)})
     assert list(graves.iterdir()) == []
@@ -115,44 +113,44 @@ def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_p
     assert_same_run(whole, struck)
 
 
-def spare_pid(run_dir: Path) -> int:
-    """The only process of a worker that does not train, once there is one."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        training = whole_lines(run_dir / "events.jsonl")
-        pids = {pid for row in training if row["event"] == "workers_started" for pid in row["pids"]}
-        workers = [pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::RayTrainWorker")]
-        spares = [pid for pid in workers if pid not in pids]
-        if pids and len(spares) == 1:
-            return spares[0]
-        time.sleep(0.05)
-    raise AssertionError("no worker waits")
-
-
 def test_spares_take_the_place_of_the_dead_and_their_own_deaths_disturb_nobody(tmp_path: Path, whole: Path) -> None:
-    graves = tmp_path / "graves"
-    graves.mkdir()
-    hold = graves / "hold_after_step_5"
+    (tmp_path / "graves").mkdir()
+    hold = tmp_path / "graves" / "hold_after_step_2"
     hold.touch()
-    deaths = ("after_step_3-rank1", "after_step_9-rank0", "in_restore-rank0")  # the last is a spare that took over
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(fit_with_deaths, tmp_path, *deaths, spare_workers=1, hang_floor_s=None)
-        run_dir = tmp_path / "mortal"
-        while "rejoined" not in [row["event"] for row in whole_lines(run_dir / "events.jsonl")]:
+    run_dir = tmp_path / "mortal"
+
+    def wait_for(event: str) -> dict[str, Any]:
+        while True:
+            found = [row for row in whole_lines(run_dir / "events.jsonl") if row["event"] == event]
+            if found:
+                return found[0]
             assert not running.done(), running.result()
             time.sleep(0.05)
-        first = spare_pid(run_dir)  # Ray has started it in place of the one that died
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(
+            fit_with_deaths,
+            tmp_path,
+            "after_step_3-rank1",
+            "after_step_9-rank0",
+            spare_workers=2,
+            resources_per_worker={"CPU": 0.4},
+            hang_floor_s=None,
+        )
+        trains = wait_for("workers_started")["pids"]
+        workers = [pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::RayTrainWorker")]
+        first, second = (pid for pid in workers if pid not in trains)
         kill(first)
-        assert spare_pid(run_dir) != first
+        assert f"(pid {first})" in wait_for("spare_lost")["cause"]
         hold.unlink()
         struck = running.result()
 
     resumed = events(struck, "resumed")
     assert [(event["step"], event["tier"]) for event in resumed] == [(3, "survivor"), (9, "survivor")]
-    rejoined = events(struck, "rejoined")
-    assert [event["replaced"] for event in rejoined] == [[1], [0]]
-    assert rejoined[0]["by_spares"] == [1]
-    assert f"(pid {first})" in events(struck, "spare_lost")[0]["cause"]
-    failed = [event["cause"].partition(":")[0] for event in events(struck, "failure")]
-    assert failed in (["rank 1", "rank 0"], ["rank 1", "rank 0", "rank 0"])  # Ray may see two deaths at once
+    assert [event["replaced"] for event in events(struck, "rejoined")] == [[1], [0]]
+    assert events(struck, "rejoined")[0]["by_spares"] == [1]
+    started = events(struck, "workers_started")
+    assert started[1]["pids"] == [trains[0], second, trains[2]]
+    assert [event["cause"].partition(":")[0] for event in events(struck, "failure")] == ["rank 1", "rank 0"]
+    assert len(events(struck, "spare_lost")) == 1
     assert_same_run(whole, struck)
