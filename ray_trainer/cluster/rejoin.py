@@ -98,16 +98,18 @@ class Rejoining:
         """Of Ray."""
         return self.num_ranks + self.num_spares
 
-    def run(self, train: Callable[[ProcessMemory], T]) -> T:
+    def run(self, train: Callable[[ProcessMemory], T], warm_up: Callable[[], None]) -> T:
         """Train through all generations of this process, or wait in vain to be needed.
 
         Args:
             train: one generation; from what is in the memory if there is something. Leaves there what it was at.
+            warm_up: done once by a process that is a spare.
 
         Returns:
             What rank 0 got, on all workers: any of them may be the one that Ray asks.
         """
-        member = _Member(self)
+        member = _Member(self, warm_up)
+        gc.freeze()  # what is imported is not looked through when a group is left
         while True:
             told = member.join()
             if told is None:
@@ -156,8 +158,9 @@ class Rejoining:
 class _Member:
     """This process among those that train together."""
 
-    def __init__(self, way: Rejoining) -> None:
+    def __init__(self, way: Rejoining, warm_up: Callable[[], None]) -> None:
         self._way = way
+        self._warm_up = warm_up
         # where addresses are exchanged, if this is rank 0; of no use to the others once it is gone
         self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=_FORMS_WITHIN)
         self._card = {
@@ -235,7 +238,10 @@ class _Member:
                 if self._rank >= 0:
                     return None
             if not answer.get("gathers", True):
-                self.memory.story["is_spare"] = True
+                if "is_spare" not in self.memory.story:
+                    self.memory.story["is_spare"] = True
+                    self._warm_up()
+                    gc.freeze()
                 ends_absent_at_s = time.monotonic() + late_s
                 time.sleep(_SPARE_ASKS_EVERY_S)
                 continue
