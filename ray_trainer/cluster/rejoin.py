@@ -5,6 +5,9 @@ of them is gone. Then every survivor keeps the state of the last step that it ha
 generation at the rendezvous; so does the newcomer whom Ray starts in place of the dead one. Once all are there they
 form a process group, agree on who has completed the most steps, and all go on from that state. What no survivor has
 is looked for where a restart looks: in memory outside of the workers, then on storage.
+
+Workers beyond the ranks of a run are spares, which wait at the rendezvous. One of them takes the place of a worker
+that died at once; the newcomer is the next spare.
 """
 
 import gc
@@ -241,6 +244,7 @@ class _Member:
                 if "is_spare" not in self.memory.story:
                     self.memory.story["is_spare"] = True
                     self._warm_up()
+                    gc.collect()
                     gc.freeze()
                 ends_absent_at_s = time.monotonic() + late_s
                 time.sleep(_SPARE_ASKS_EVERY_S)
