@@ -25,7 +25,7 @@ from ray_trainer.storage import Storage
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
-_ASK_EVERY_S = 15.0
+_ASK_EVERY_S = 10.0
 _LEAVES = "a node of the run is going to be taken away; all workers have saved and go on elsewhere"
 
 
