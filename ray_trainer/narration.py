@@ -9,10 +9,12 @@ def tell(event: Mapping[str, Any]) -> str | None:
     match event:
         case {"event": "failure", "cause": cause}:
             return f"failure: {cause}"
-        case {"event": "preempted" | "controller_lost" | "head_lost", "reason": reason}:
+        case {"event": "waiting_for_room" | "preempted" | "controller_lost" | "head_lost", "reason": reason}:
             return str(reason)
         case {"event": "workers_started", "num_workers": count, "attempt": attempt} if attempt > 1:
             return f"{count} workers started again (attempt {attempt})"
+        case {"event": "spare_lost", "cause": cause}:
+            return f"a spare worker was lost, training goes on: {cause}"
         case {"event": "rejoined", "step": step, "replaced": replaced}:
             return f"no step is lost: rank {', '.join(map(str, replaced))} was replaced after step {step}"
         case {"event": "resumed", "step": step, "from": checkpoint}:

@@ -1,10 +1,12 @@
 """An experiment whose worker kills itself at a named point, once for each file that lies there for it.
 
 ``graves`` is a directory. A file in it, named ``POINT-rankN``, is a death that is still to come; who dies removes it.
+As long as there is one named ``hold_after_step_N``, all wait there.
 """
 
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +69,8 @@ class Hooks:
     def on_step_end(self, record: Any) -> None:
         self.steps.append(record.step)
         die(self.graves, f"after_step_{record.step}")
+        while Path(self.graves, f"hold_after_step_{record.step}").exists():
+            time.sleep(0.02)
 
     def on_validation_end(self, metrics: dict[str, float]) -> None:
         die(self.graves, "after_validation")

@@ -95,7 +95,9 @@ class RayCluster:
             f"--num-cpus={num_cpus}",
             *(f"--{name}={port}" for name, port in ports.items()),
         ]
-        node = Node([*options, *_COMMON], self.head.environment, self._directory / f"node{len(self.nodes)}.log")
+        node = Node(
+            [*options, *_COMMON], self.head.environment, self._directory / f"node{ports['metrics-export-port']}.log"
+        )
         self.nodes.append(node)
         node.wait()  # nodes of one machine that start at the same moment take each other's sockets
         return node

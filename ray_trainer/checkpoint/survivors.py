@@ -147,6 +147,7 @@ def _story(of_ranks: list[dict[str, Any]], state_s: float) -> dict[str, Any]:
     formed = max((story["formed_at"] for story in of_ranks if "formed_at" in story), default=None)
     told: dict[str, Any] = {"generation": max((story.get("generation", 0) for story in of_ranks), default=0)}
     told["replaced"] = [rank for rank, story in enumerate(of_ranks) if story.get("is_new")]
+    told["by_spares"] = [rank for rank, story in enumerate(of_ranks) if story.get("is_spare")]
     if noticed is not None and joined is not None and formed is not None:
         told |= {"noticed_at": noticed, "waited_s": joined - noticed, "group_s": formed - joined}
     return told | {"state_s": state_s}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.config import ClusterConfig, useless_with
 from ray_trainer.cluster.sweep_config import SweepConfig, cross_problems
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import Document, as_yaml, read_document
@@ -48,10 +48,16 @@ class RunFile(Section):
     }
 
     def problems(self, write: Notation = repr) -> list[Problem]:
-        """Also holds the search space against the sections that it changes, where these are right."""
+        """Also holds the sections against each other, where these are right."""
         found = super().problems(write)
-        wrong = None if found else cross_problems(self.sweep, self.model, self.training)
-        return found + ([Problem("sweep.space", None, wrong, "value")] if wrong else [])
+        if found:
+            return found
+        spares = write(self.cluster.spare_workers)
+        between = (
+            Problem("cluster.spare_workers", spares, useless_with(self.training, self.cluster) or "", "value"),
+            Problem("sweep.space", None, cross_problems(self.sweep, self.model, self.training) or "", "value"),
+        )
+        return [problem for problem in between if problem.message]
 
     @classmethod
     def hint(cls, name: str) -> str:

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_trainer.config.fields import Count, NotNegative, Positive, Text, described
+from ray_trainer.config import TrainingConfig
+from ray_trainer.config.fields import Count, CountOrZero, NotNegative, Positive, Text, described
 from ray_trainer.config.schema import Rule, Section
 
 RunName = Annotated[
@@ -34,6 +35,7 @@ _SYNONYMS = {
     "torch_threads_per_worker": "num_threads omp_num_threads threads_per_worker torch_threads",
     "snapshot_every_n_steps": "snapshot_interval memory_checkpoint_interval in_memory_checkpoint_every_n_steps",
     "in_job_recovery": "rejoin in_place_recovery elastic_recovery replace_workers",
+    "spare_workers": "spares num_spares spare_nodes hot_spares warm_spares standby_workers",
     "collective_timeout_s": "timeout timeout_s torch_timeout nccl_timeout ddp_timeout collective_timeout",
     "hang_floor_s": "hang_timeout hang_timeout_s heartbeat_timeout watchdog_timeout hang_s",
 }
@@ -60,6 +62,20 @@ def _gpus_disagree(config: "ClusterConfig") -> str | None:
         return "asks for GPUs while use_gpu is off; switch use_gpu on, or leave GPU out"
     if gpus == 0 and config.use_gpu:
         return "leaves no GPU to the workers while use_gpu is on; leave GPU out, or switch use_gpu off"
+    return None
+
+
+def _useless_spares(config: "ClusterConfig") -> str | None:
+    if not config.spare_workers:
+        return None
+    if isinstance(config.num_workers, tuple):
+        return "nothing would use them while num_workers is [least, most]; give one number, or leave spare_workers out"
+    if config.num_workers == 1:
+        return "a spare goes on with what another worker has, and there is one only; set num_workers to 2 or more"
+    if config.use_gpu:
+        return "with use_gpu all workers start again when one dies, so nothing would use them; leave spare_workers out"
+    if not config.in_job_recovery:
+        return "nothing would use them while in_job_recovery is off; switch it on, or leave spare_workers out"
     return None
 
 
@@ -91,6 +107,9 @@ class ClusterConfig(Section):
     """Whether a worker that died is replaced alone, and the others keep process and state, so that no step is
     lost; else all of them start again from the newest checkpoint. Always so with one worker, a range of workers, GPUs
     or FSDP."""
+    spare_workers: CountOrZero = 0
+    """Workers more that wait, with everything imported, for one of `num_workers` to die: one takes its place at once,
+    and what Ray starts is the next spare. Each reserves the same as the others."""
     collective_timeout_s: Positive = 1800.0
     """Seconds that workers wait for each other before they take one for dead."""
     hang_floor_s: Positive | None = 10.0
@@ -104,4 +123,12 @@ class ClusterConfig(Section):
         Rule(("num_workers",), _reversed_range),
         Rule(("resources_per_worker",), _misspelt_resource),
         Rule(("resources_per_worker", "use_gpu"), _gpus_disagree),
+        Rule(("spare_workers", "num_workers", "use_gpu", "in_job_recovery"), _useless_spares),
     )
+
+
+def useless_with(training: TrainingConfig, cluster: ClusterConfig) -> str | None:
+    """What is wrong with `spare_workers` in the light of the training, and what to do; None if nothing is."""
+    if cluster.spare_workers and training.parallelism == "fsdp":
+        return "with training.parallelism = 'fsdp' nothing would use them; leave spare_workers out"
+    return None

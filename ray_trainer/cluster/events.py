@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
@@ -48,9 +48,18 @@ class FailureRecorder(UserCallback):
         link: to the driver.
         max_failures: in a row, during which training got no further; -1 for any number.
         leaves_out: a batch that fails twice is left out from then on, so that failing twice is no reason to end.
+        ranks_of: which ranks the workers at these places of Ray's have; None for a spare, which is not missed. By
+            default place and rank are the same.
     """
 
-    def __init__(self, run: Storage, link: ActorHandle, max_failures: int, leaves_out: bool = False) -> None:
+    def __init__(
+        self,
+        run: Storage,
+        link: ActorHandle,
+        max_failures: int,
+        leaves_out: bool = False,
+        ranks_of: Callable[[Collection[int]], Mapping[int, int | None]] | None = None,
+    ) -> None:
         self._run = run
         self._link = link
         self._hangs_told = 0
@@ -58,16 +67,24 @@ class FailureRecorder(UserCallback):
         self._leaves_out = leaves_out
         self._repetitions = Repetitions()
         self._episodes = Episodes()
+        self._ranks_of = ranks_of or (lambda places: {place: place for place in places})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Record the failure of workers, and end the run where another start would fail as well."""
-        errors = causes(worker_exceptions)
-        cause = describe_failures(worker_exceptions)
+        ranks = self._ranks_of(worker_exceptions.keys())
+        failures = {rank: error for place, error in worker_exceptions.items() if (rank := ranks[place]) is not None}
+        for place, error in worker_exceptions.items():
+            if ranks[place] is None:
+                record(self._run, self._link, "spare_lost", cause=_line(error))
+        if not failures:
+            return
+        errors = causes(failures)
+        cause = describe_failures(failures)
         for hang in self._new_hangs():
             self._link.announce.remote(hang)
-        record(self._run, self._link, "failure", cause=cause, traceback=_tracebacks(worker_exceptions))
-        final: RayTrainerError | None = next(filter(None, map(final_error, worker_exceptions.values())), None)
-        final = final or self._hopeless(errors, cause, worker_exceptions.keys())
+        record(self._run, self._link, "failure", cause=cause, traceback=_tracebacks(failures))
+        final: RayTrainerError | None = next(filter(None, map(final_error, failures.values())), None)
+        final = final or self._hopeless(errors, cause, failures.keys())
         if final is not None:
             raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
 
@@ -174,7 +191,11 @@ def causes(failures: Mapping[int, BaseException]) -> dict[int, BaseException]:
 
 def describe_failures(failures: Mapping[int, BaseException]) -> str:
     """The causes among the errors of several ranks, in a line."""
-    return "; ".join(f"rank {rank}: {_line(error)}" for rank, error in causes(failures).items())
+    return "; ".join(f"{_who(rank)}: {_line(error)}" for rank, error in causes(failures).items())
+
+
+def _who(rank: int) -> str:
+    return f"rank {rank}" if rank >= 0 else "a worker that was starting"
 
 
 def explain_failure(error: BaseException, storage: Storage) -> str:

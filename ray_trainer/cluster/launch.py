@@ -14,8 +14,8 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.events import FailureRecorder
+from ray_trainer.cluster.config import ClusterConfig, useless_with
+from ray_trainer.cluster.events import FailureRecorder, record
 from ray_trainer.cluster.files import DataFiles
 from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
@@ -119,6 +119,9 @@ def fit_watched(
         take_over: as in `fit`.
     """
     validate_sections(training=training_config, cluster=cluster)
+    useless = useless_with(training_config, cluster)
+    if useless is not None:
+        raise ConfigError(f"cluster.spare_workers = {cluster.spare_workers}: {useless}.")
     storage = Storage.open(cluster.storage_path).child(str(cluster.name))
     require_storage(storage)
     require_cluster(cluster)
@@ -138,11 +141,12 @@ def fit_watched(
             lease=storage.fence.epoch,
             hang=terms_of(cluster),
             start_from=start_from,
-            rejoining=_rejoining(cluster, training_config),
         )
+        is_in_place = rejoins(cluster, training_config)
         retries = Retries(cluster.max_failures)
         with watching as watch:
-            outcome = run_to_end(partial(_torch_trainer, job, cluster, storage), storage, link, watch, retries)
+            trainer = partial(_torch_trainer, job, cluster, storage, is_in_place)
+            outcome = run_to_end(trainer, storage, link, watch, retries)
     if outcome.error is not None:
         if is_new and not storage.exists("events.jsonl"):
             storage.delete()  # only Ray's marker is in there
@@ -155,12 +159,6 @@ def fit_watched(
 def _open_vault(cluster: ClusterConfig) -> RayVault | None:
     every_n_steps = cluster.snapshot_every_n_steps
     return None if every_n_steps is None else RayVault(open_keeper(), every_n_steps)
-
-
-def _rejoining(cluster: ClusterConfig, training: TrainingConfig) -> Rejoining | None:
-    if not rejoins(cluster, training):
-        return None
-    return Rejoining(open_rendezvous(), cluster.collective_timeout_s, cluster.hang_floor_s is not None)
 
 
 def _named(cluster: ClusterConfig, training: TrainingConfig) -> ClusterConfig:
@@ -221,9 +219,20 @@ def _portable(data: Any, policy: BadDataPolicy) -> Any:
     return blocks
 
 
-def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchTrainer:
-    configure_torch = TorchConfig if job.rejoining is None else InPlaceConfig
-    return TorchTrainer(
+def _rejoining(cluster: ClusterConfig) -> Rejoining:
+    num_ranks, num_spares = worker_bounds(cluster)[0], cluster.spare_workers
+    actor = open_rendezvous(num_ranks, num_spares)
+    return Rejoining(actor, num_ranks, num_spares, cluster.collective_timeout_s, cluster.hang_floor_s is not None)
+
+
+def _torch_trainer(
+    job: Job, cluster: ClusterConfig, storage: Storage, is_in_place: bool
+) -> tuple[TorchTrainer, Rejoining | None]:
+    """What a start needs: workers that an earlier one has left behind do not meet those of this one."""
+    rejoining = _rejoining(cluster) if is_in_place else None
+    job = replace(job, rejoining=rejoining)
+    configure_torch = TorchConfig if rejoining is None else InPlaceConfig
+    trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=configure_torch(
@@ -231,7 +240,7 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             timeout_s=math.ceil(cluster.collective_timeout_s),
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=cluster.num_workers if rejoining is None else rejoining.num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker=resources_per_worker(cluster),
             placement_strategy=cluster.placement_strategy,
@@ -243,12 +252,19 @@ def _torch_trainer(job: Job, cluster: ClusterConfig, storage: Storage) -> TorchT
             failure_config=ray.train.FailureConfig(max_failures=-1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # what matters is an event of ours
             callbacks=[
-                FailureRecorder(storage, job.link, cluster.max_failures, job.training.on_bad_data == "quarantine"),
+                FailureRecorder(
+                    storage,
+                    job.link,
+                    cluster.max_failures,
+                    job.training.on_bad_data == "quarantine",
+                    *([rejoining.ranks_of] if rejoining else []),
+                ),
                 GroupRecorder(job.link),
-                *([ReplacementGuard()] if job.rejoining is not None else []),
+                *([ReplacementGuard(rejoining.rendezvous, partial(record, storage, job.link))] if rejoining else []),
             ],
         ),
     )
+    return trainer, rejoining
 
 
 def _checkpoint(results: dict[str, Any], storage: Storage) -> ray.train.Checkpoint | None:

@@ -5,18 +5,22 @@ of them is gone. Then every survivor keeps the state of the last step that it ha
 generation at the rendezvous; so does the newcomer whom Ray starts in place of the dead one. Once all are there they
 form a process group, agree on who has completed the most steps, and all go on from that state. What no survivor has
 is looked for where a restart looks: in memory outside of the workers, then on storage.
+
+Workers beyond the ranks of a run are spares, which wait at the rendezvous. One of them takes the place of a worker
+that died at once; the newcomer is the next spare.
 """
 
 import gc
 import logging
 import os
+import pickle
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
@@ -25,12 +29,13 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # as torch.distributed has them, and typed
 
 from ray_trainer import distributed
+from ray_trainer.cluster import rendezvous
 from ray_trainer.cluster.config import ClusterConfig
 from ray_trainer.cluster.connections import Connection, connections_between_ranks, hang_up, open_connections
 from ray_trainer.cluster.link import beside_driver
+from ray_trainer.cluster.rendezvous import Card
 from ray_trainer.cluster.replacement import missing_interface
 from ray_trainer.config import TrainingConfig
-from ray_trainer.errors import RunError
 from ray_trainer.storage.snapshots import ProcessMemory
 
 logger = logging.getLogger(__name__)
@@ -38,66 +43,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ASK_EVERY_S = 0.05
+_SPARE_ASKS_EVERY_S = 0.1
 _ANSWERS_WITHIN_S = 30.0
-_FORMS_WITHIN_S = 30.0
+_TELLS_WITHIN_S = 5.0  # Ray's controller, which has more to do
+_FORMS_WITHIN = timedelta(seconds=30)
 _ENDS_WITHIN_S = 300.0
 _APPEARS_WITHIN_S = 60.0  # a worker that has lost another one; what it does meanwhile may take a while
 
 
-def open_rendezvous() -> ActorHandle:
-    """Start the place where the workers of a run find each other; it lives as long as this driver.
-
-    It forgets everything when it dies, and needs nothing of it: whoever waits there asks again and again.
-    """
-
-    class Rendezvous:  # in here it travels by value: its process starts without importing this package and torch
-        def __init__(self) -> None:
-            self._number = 0
-            self._members: dict[int, dict[str, Any]] = {}
-            self._known: dict[int, dict[str, Any]] = {}
-            self._waiting: dict[int, tuple[float, dict[str, Any]]] = {}
-            self._ended: set[int] = set()
-
-        def join(self, rank: int, size: int, past: int, card: dict[str, Any]) -> tuple[int, Any] | None:
-            """The number and the cards of the next generation, once all of its ranks have asked for it of late.
-
-            Args:
-                rank: of the caller.
-                size: how many ranks there are.
-                past: the number of the generation the caller was in; 0 for none.
-                card: who the caller is; the same until it is answered.
-            """
-            if self._number > past and self._members.get(rank) == card:
-                return self._number, self._members
-            now = time.monotonic()
-            self._waiting[rank] = (now, card)
-            self._known[rank] = card
-            present = {rank: card for rank, (asked, card) in self._waiting.items() if now - asked < 3}
-            self._number = max(self._number, past)
-            if len(present) < size:
-                return None
-            self._number += 1
-            self._members, self._waiting, self._ended = present, {}, set()
-            return self._number, self._members
-
-        def absent(self, have_ended: bool) -> list[Any]:
-            """The actors that were here, in any generation, and do not ask for the next one.
-
-            Args:
-                have_ended: only those that are done and never will ask.
-            """
-            absent = self._known.keys() - self._waiting.keys()
-            return [self._known[rank]["actor"] for rank in absent if rank in self._ended or not have_ended]
-
-        def end(self, rank: int, size: int, number: int) -> bool | None:
-            """Whether all ranks are done with a generation; False if one of them asks for the next instead."""
-            if self._number > number or self._waiting:
-                return False
-            self._number = number
-            self._ended.add(rank)
-            return True if len(self._ended) == size else None
-
-    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(Rendezvous).remote()
+def open_rendezvous(num_ranks: int, num_spares: int) -> ActorHandle:
+    """Start a `Rendezvous`; it lives as long as this driver has the handle."""
+    ray.cloudpickle.register_pickle_by_value(rendezvous)  # see there
+    try:
+        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(rendezvous.Rendezvous)
+        return actor.remote(num_ranks, num_ranks + num_spares)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(rendezvous)
 
 
 def rejoins(cluster: ClusterConfig, training: TrainingConfig) -> bool:
@@ -123,72 +84,115 @@ class Rejoining:
 
     Attributes:
         rendezvous: where they meet.
-        patience_s: how long they wait for each other there.
+        num_ranks: how many train together.
+        num_spares: how many more wait for one of them to die.
+        patience_s: how long they wait for those that are alive.
         are_watched: a monitor ends those that hang, so that one that does not come is at work.
     """
 
     rendezvous: ActorHandle
+    num_ranks: int
+    num_spares: int
     patience_s: float
     are_watched: bool
 
-    def run(self, train: Callable[[ProcessMemory], T]) -> T:
-        """Train through all generations of this process.
+    @property
+    def num_workers(self) -> int:
+        """Of Ray."""
+        return self.num_ranks + self.num_spares
+
+    def run(self, train: Callable[[ProcessMemory], T], warm_up: Callable[[], None]) -> T:
+        """Train through all generations of this process, or wait in vain to be needed.
 
         Args:
             train: one generation; from what is in the memory if there is something. Leaves there what it was at.
+            warm_up: done once by a process that is a spare.
 
-        Raises:
-            RunError: the others did not come in time.
+        Returns:
+            What rank 0 got, on all workers: any of them may be the one that Ray asks.
         """
-        member = _Member(self)
+        member = _Member(self, warm_up)
+        gc.freeze()  # what is imported is not looked through when a group is left
         while True:
-            member.join()
-            try:
-                outcome = train(member.memory)
-            except Exception as error:
-                if not distributed.has_lost_peer(error):
-                    raise
-                member.notice(error)
-            else:
-                if member.all_have_ended():
-                    member.leave()
-                    return outcome
-                member.memory.kept = None  # what was trained is on storage
-            member.leave()
+            told = member.join()
+            if told is None:
+                told = self._generation(member, train)
+                member.leave()
+            if told is not None:
+                return cast(T, pickle.loads(told))
+
+    def _generation(self, member: "_Member", train: Callable[[ProcessMemory], T]) -> bytes | None:
+        """What the run has come to, or None if there has to be another generation."""
+        try:
+            outcome = train(member.memory)
+        except Exception as error:
+            if not distributed.has_lost_peer(error):
+                raise
+            member.notice(error)
+            return None
+        told = member.end(ray.cloudpickle.dumps(outcome))
+        if told is None:
+            member.memory.kept = None  # what was trained is on storage
+        return told
+
+    def outcome(self) -> Any | None:
+        """What the workers say that the run has come to; None as long as it lasts."""
+        try:
+            told = ray.get(self.rendezvous.outcome.remote(), timeout=_TELLS_WITHIN_S)
+        except ray.exceptions.RayError:
+            return None
+        return None if told is None else pickle.loads(told)
+
+    def end_controller(self) -> None:
+        """End Ray's controller of the run."""
+        with suppress(ray.exceptions.RayError):
+            controller = ray.get(self.rendezvous.controller.remote(), timeout=_TELLS_WITHIN_S)
+            if controller is not None:
+                ray.kill(controller)
+
+    def ranks_of(self, places: Collection[int]) -> dict[int, int | None]:
+        """See `Rendezvous.bury`; where it does not answer, each place is taken for the rank."""
+        try:
+            return dict(ray.get(self.rendezvous.bury.remote(list(places)), timeout=_TELLS_WITHIN_S))
+        except ray.exceptions.RayError:
+            return {place: place for place in places}
 
 
 class _Member:
     """This process among those that train together."""
 
-    def __init__(self, way: Rejoining) -> None:
-        context = ray.train.get_context()
+    def __init__(self, way: Rejoining, warm_up: Callable[[], None]) -> None:
         self._way = way
-        self._rank, self._size = context.get_world_rank(), context.get_world_size()
-        self._name = uuid.uuid4().hex
-        self._generation = 0
+        self._warm_up = warm_up
+        # where addresses are exchanged, if this is rank 0; of no use to the others once it is gone
+        self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=_FORMS_WITHIN)
+        self._card = {
+            "name": uuid.uuid4().hex,
+            "place": ray.train.get_context().get_world_rank(),
+            "actor": ray.get_runtime_context().current_actor,
+            "address": (ray.util.get_node_ip_address(), self._store.port),
+        }
+        self._rank = -1
+        self._number = 0  # of the newest generation that is known here
+        self._cards: dict[int, Card] = {}  # of its members
         self._connections: set[Connection] = set()
         self.memory = ProcessMemory(story={"is_new": True})
 
-    def join(self) -> None:
-        """Become part of the next generation.
-
-        Raises:
-            RunError: the others did not come in time.
-        """
-        deadline_s = time.monotonic() + self._way.patience_s
+    def join(self) -> bytes | None:
+        """Become part of the next generation, or wait until the run has ended, and return what it came to."""
         while True:
-            store = _open_store() if self._rank == 0 else None
-            number, cards = self._wait_for_others(store, deadline_s)
-            self._generation = number
-            self.memory.story |= {"generation": number, "joined_at": time.time()}
+            told = self._wait_for_others()
+            if told is not None:
+                return told
+            self.memory.story |= {"generation": self._number, "joined_at": time.time()}
             try:
-                self._form(store, cards)
+                self._form()
             except RuntimeError as error:  # somebody has died meanwhile
                 logger.warning("The workers could not connect: %s", error)
                 self.leave()
             else:
                 self.memory.story["formed_at"] = time.time()
-                return
+                return None
 
     def notice(self, error: Exception) -> None:
         """Another rank is lost."""
@@ -204,64 +208,80 @@ class _Member:
             dist.destroy_process_group()
         gc.collect()
 
-    def all_have_ended(self) -> bool:
-        """Wait until all ranks are done; False if one has died before, and was replaced."""
+    def end(self, outcome: bytes) -> bytes | None:
+        """Wait until all ranks are done; returns what the run came to, or None if one has died before."""
         deadline_s = time.monotonic() + _ENDS_WITHIN_S
         while time.monotonic() < deadline_s:
-            answer = self._ask("end", self._rank, self._size, self._generation)
-            if answer is not None:
-                return bool(answer)
+            answer = self._ask("end", self._rank, self._number, outcome)
+            if answer.get("is_broken"):
+                return None
+            if "outcome" in answer:
+                return cast(bytes, answer["outcome"])
             time.sleep(_ASK_EVERY_S)
         logger.warning("Rank %d is done and does not wait for the others any longer.", self._rank)
-        return True
+        return outcome
 
-    def _wait_for_others(self, store: TCPStore | None, deadline_s: float) -> tuple[int, dict[int, dict[str, Any]]]:
-        address = (ray.util.get_node_ip_address(), store.port) if store is not None else None
-        card = {"name": self._name, "address": address, "actor": ray.get_runtime_context().current_actor}
-        began_s = time.monotonic()
-        absent_at_s = began_s + _APPEARS_WITHIN_S
-        late_s = began_s + (self._way.patience_s / 2 if self._way.are_watched else _APPEARS_WITHIN_S)
-        while time.monotonic() < deadline_s:
-            answer = self._ask("join", self._rank, self._size, self._generation, card)
-            if answer is not None:
-                number, cards = answer
-                return int(number), cards
-            if time.monotonic() > absent_at_s:
-                self._end_absent(have_ended=time.monotonic() < late_s)
-                absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
+    def _wait_for_others(self) -> bytes | None:
+        """Until this is a rank of a generation, or the run has ended; returns what it came to then.
+
+        There is no limit: a worker that Ray has no room for comes once there is room, and to start all of them again
+        would need no less.
+        """
+        late_s = self._way.patience_s / 2 if self._way.are_watched else _APPEARS_WITHIN_S
+        ends_absent_at_s = time.monotonic() + late_s
+        while True:
+            answer = self._ask("join", self._card, self._number)
+            if "outcome" in answer:
+                return cast(bytes, answer["outcome"])
+            if "members" in answer:
+                self._number, self._cards = answer["number"], answer["members"]
+                self._rank = next(
+                    (rank for rank, card in self._cards.items() if card["name"] == self._card["name"]), -1
+                )
+                if self._rank >= 0:
+                    return None
+            if not answer.get("gathers", True):
+                if "is_spare" not in self.memory.story:
+                    self.memory.story["is_spare"] = True
+                    self._warm_up()
+                    gc.collect()
+                    gc.freeze()
+                ends_absent_at_s = time.monotonic() + late_s
+                time.sleep(_SPARE_ASKS_EVERY_S)
+                continue
+            if time.monotonic() > ends_absent_at_s:
+                self._end_absent()
+                ends_absent_at_s = time.monotonic() + _APPEARS_WITHIN_S
             time.sleep(_ASK_EVERY_S)
-        raise RunError(
-            f"rank {self._rank} waited {self._way.patience_s:.0f} s for the other workers in vain. "
-            "See the events of the run for what happened to them; cluster.collective_timeout_s is how long they wait."
-        )
 
-    def _end_absent(self, have_ended: bool) -> None:
-        """End the workers that do not come here: they are done, or hang, and Ray would not notice."""
-        for actor in self._ask("absent", have_ended) or []:
-            logger.warning("Rank %d waits for a worker that does not answer any more: it is ended.", self._rank)
+    def _end_absent(self) -> None:
+        """End the workers that do not come here: they hang, and Ray would not notice."""
+        for actor in self._ask("absent") or []:
+            logger.warning("A worker that does not answer any more is ended, because others wait for it.")
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
+        """What the rendezvous answers; nothing while it starts anew and has to be told who is who."""
         try:
-            return ray.get(getattr(self._way.rendezvous, method).remote(*arguments), timeout=_ANSWERS_WITHIN_S)
-        except ray.exceptions.RayError as error:  # it starts anew, and is asked again
+            answer = ray.get(getattr(self._way.rendezvous, method).remote(*arguments), timeout=_ANSWERS_WITHIN_S)
+            if isinstance(answer, dict) and answer["number"] < self._number:
+                ray.get(self._way.rendezvous.remember.remote(self._number, self._cards), timeout=_ANSWERS_WITHIN_S)
+        except ray.exceptions.RayError as error:
             logger.debug("The rendezvous does not answer: %s", error)
-            return None
+            return {}
+        return answer
 
-    def _form(self, store: TCPStore | None, cards: dict[int, dict[str, Any]]) -> None:
+    def _form(self) -> None:
         before = open_connections()
-        soon = timedelta(seconds=_FORMS_WITHIN_S)
-        if store is None:
-            host, port = cards[0]["address"]
-            store = TCPStore(host, port, is_master=False, timeout=soon)
-        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._size))
-        shared = PrefixStore(f"generation-{self._generation}", store)
-        dist.init_process_group("gloo", store=shared, rank=self._rank, world_size=self._size, timeout=soon)
+        store = self._store
+        if self._rank > 0:
+            host, port = self._cards[0]["address"]
+            store = TCPStore(host, port, is_master=False, timeout=_FORMS_WITHIN)
+        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._way.num_ranks))
+        shared = PrefixStore(f"generation-{self._number}", store)
+        dist.init_process_group(
+            "gloo", store=shared, rank=self._rank, world_size=self._way.num_ranks, timeout=_FORMS_WITHIN
+        )
         self._connections = connections_between_ranks(before)
         distributed.set_patience(self._way.patience_s)
-
-
-def _open_store() -> TCPStore:
-    """The place where addresses are exchanged; hosted by a member, because it is of no use once that is gone."""
-    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_FORMS_WITHIN_S))

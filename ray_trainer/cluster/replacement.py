@@ -7,6 +7,7 @@ worker group of which every worker failed is started again as a whole.
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -14,11 +15,13 @@ from ray.actor import ActorHandle
 from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util import placement_group_table
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _ANSWERS_WITHIN_S = 30.0
+_NO_ROOM = "the cluster has no room for a worker that is missing; it is started as soon as there is"
 
 
 class InPlaceBackend(Backend):
@@ -41,27 +44,48 @@ class ReplacementGuard(WorkerGroupCallback):
 
     By itself Ray 2.60 asks every other worker to forget its reports, and waits for the answers. One that has died as
     well then ends the run, whatever ``max_failures`` says, and one that hangs stops the controller for good.
+
+    Where the node of the worker is lost and no other one has room, the controller waits for one, and does nothing
+    else meanwhile.
+
+    Args:
+        rendezvous: of the workers; gets to know the controller.
+        tell: records an event.
     """
+
+    def __init__(self, rendezvous: ActorHandle, tell: Callable[..., None]) -> None:
+        self._rendezvous = rendezvous
+        self._tell = tell
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray at each start of workers."""
+        self._rendezvous.is_controlled_by.remote(ray.get_runtime_context().current_actor)
         replace = worker_group.replace_replica_group
 
         def replace_guarded(index: int) -> None:
+            if not _has_room(worker_group):
+                self._tell("waiting_for_room", reason=_NO_ROOM)
             for attempt in range(1, _ATTEMPTS + 1):
                 for place, group in enumerate(worker_group.get_replica_groups()):
                     if place != index and group.is_active() and not all(map(_answers, group.get_workers())):
                         group.shutdown()  # it is replaced in its turn, once Ray has seen that it failed
                 try:
                     replace(index)
-                except ray.exceptions.RayActorError as error:  # one has died since
-                    logger.warning("Rank %d could not be replaced: %s", index, error)
-                    if attempt == _ATTEMPTS:
+                except Exception as error:
+                    has_died = any(isinstance(each, ray.exceptions.RayActorError) for each in (error, error.__cause__))
+                    if not has_died or attempt == _ATTEMPTS:
                         raise
+                    logger.warning("Worker %d could not be replaced, because one has died since.", index)
                 else:
                     return
 
         worker_group.replace_replica_group = replace_guarded
+
+
+def _has_room(worker_group: Any) -> bool:
+    """Whether the workers' places are on nodes that are there."""
+    group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+    return bool(placement_group_table(group).get("state") == "CREATED")
 
 
 def _answers(worker: Any) -> bool:

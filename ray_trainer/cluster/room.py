@@ -20,7 +20,7 @@ def room_for_trials(cluster: ClusterConfig, nodes: Sequence[dict[str, float]]) -
     """How many runs find room on these nodes at the same time, each with its greatest number of workers if possible."""
     needed = {name: amount for name, amount in resources_per_worker(cluster).items() if amount}
     workers = [min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes]
-    least, most = worker_bounds(cluster)
+    least, most = (bound + cluster.spare_workers for bound in worker_bounds(cluster))
     return _fitting(workers, most, cluster.placement_strategy) or _fitting(workers, least, cluster.placement_strategy)
 
 

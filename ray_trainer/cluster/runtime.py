@@ -137,8 +137,11 @@ class RayRuntime:
     def checkpoint_committed(self, uri: str, metrics: Mapping[str, float]) -> None:
         """Tell Ray of a checkpoint that lies in the run's directory already.
 
-        Ray turns values that are not finite into null, and dies of numpy scalars; it gets neither.
+        Ray turns values that are not finite into null, and dies of numpy scalars; it gets neither. It waits for the
+        report of each of its workers, so with spares it gets to know at the end of the run, or at the next start.
         """
+        if ray.train.get_context().get_world_size() > distributed.world_size():
+            return
         checkpoint = None
         if distributed.rank() == 0:
             path = self._context.build_checkpoint_path_from_name(uri.rstrip("/").rsplit("/", 1)[-1])

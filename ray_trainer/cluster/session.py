@@ -107,6 +107,8 @@ def resource_plan(cluster: ClusterConfig) -> str:
     """What the run needs, in a line for people."""
     least, most = worker_bounds(cluster)
     count = f"{least} to {most} workers" if least != most else f"{least} worker{'s' if least > 1 else ''}"
+    if cluster.spare_workers:
+        count += f" and {cluster.spare_workers} spare{'s' if cluster.spare_workers > 1 else ''}"
     each = ", ".join(f"{amount:g} {name}" for name, amount in sorted(resources_per_worker(cluster).items()))
     return f"{count}, each with {each}"
 
@@ -115,14 +117,20 @@ def missing_resources(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> 
     """Why the smallest allowed number of workers does not fit on these nodes, or None if it does."""
     needed = resources_per_worker(cluster)
     room = sum(min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount) for node in nodes)
-    least, _ = worker_bounds(cluster)
-    if room >= least:
+    needed_workers = worker_bounds(cluster)[0] + cluster.spare_workers
+    if room >= needed_workers:
         return None
     there = ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in sorted(needed))
     return (
         f"the run needs {resource_plan(cluster)}, but {len(nodes)} node(s) with {there} in all hold only {room}. "
-        f"Set cluster.num_workers={max(room, 1)}, ask for less in cluster.resources_per_worker, or use a larger cluster"
+        f"Set {_fewer(cluster, room)}, ask for less in cluster.resources_per_worker, or use a larger cluster"
     )
+
+
+def _fewer(cluster: ClusterConfig, room: int) -> str:
+    if cluster.spare_workers and room >= worker_bounds(cluster)[0]:
+        return f"cluster.spare_workers={room - worker_bounds(cluster)[0]}"
+    return f"cluster.num_workers={max(room, 1)}{' and no cluster.spare_workers' if cluster.spare_workers else ''}"
 
 
 def require_resources(cluster: ClusterConfig) -> None:

@@ -1,6 +1,8 @@
 """Has Ray's controller carry out a run, and starts another one where it was lost."""
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 
 import ray
@@ -11,6 +13,7 @@ from ray.train.torch import TorchTrainer
 from ray_trainer.checkpoint.catalog import list_checkpoints
 from ray_trainer.cluster.events import explain_failure, final_error, furthest_step, record
 from ray_trainer.cluster.groups import RESERVED, free_group
+from ray_trainer.cluster.rejoin import Rejoining
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.storage import mirror
 from ray_trainer.cluster.watching import Watch, exchange
@@ -19,12 +22,19 @@ from ray_trainer.errors import RunError
 from ray_trainer.runtime import Stop
 from ray_trainer.storage import Storage
 
+logger = logging.getLogger(__name__)
+
 POLL_INTERVAL_S = 0.25
+_ASK_EVERY_S = 10.0
 _LEAVES = "a node of the run is going to be taken away; all workers have saved and go on elsewhere"
 
 
 def run_to_end(
-    trainer: Callable[[], TorchTrainer], storage: Storage, link: ActorHandle, watch: Watch, retries: Retries
+    prepare: Callable[[], tuple[TorchTrainer, Rejoining | None]],
+    storage: Storage,
+    link: ActorHandle,
+    watch: Watch,
+    retries: Retries,
 ) -> Outcome:
     """Train until the run ends, through losses of Ray's controller that had progress in between, and of nodes.
 
@@ -32,7 +42,7 @@ def run_to_end(
     controller that is gone are ended; they can't save any more once the next ones have claimed the run.
 
     Args:
-        trainer: makes one anew for each start.
+        prepare: makes what a start needs: a trainer, and how its workers find each other if they do.
         storage: the run's directory, fenced.
         link: to the workers.
         watch: sees the run, and may end it.
@@ -43,7 +53,7 @@ def run_to_end(
     """
     while True:
         mirror(storage, list_checkpoints(storage))
-        start = _Start(trainer(), link, watch)
+        start = _Start(*prepare(), link, watch)
         ended = start.wait()
         if isinstance(ended, Outcome) and ended.stop is Stop.PREEMPTION:
             record(storage, link, "preempted", reason=_LEAVES)
@@ -58,11 +68,14 @@ def run_to_end(
 class _Start:
     """One start of a controller, which works in a thread."""
 
-    def __init__(self, trainer: TorchTrainer, link: ActorHandle, watch: Watch) -> None:
+    def __init__(self, trainer: TorchTrainer, rejoining: Rejoining | None, link: ActorHandle, watch: Watch) -> None:
         self._trainer = trainer
+        self._rejoining = rejoining
         self._link = link
         self._watch = watch
         self._ended: Outcome | BaseException | None = None
+        self._told: Outcome | None = None
+        self._asks_at_s = 0.0
         self._group: str | None = None
 
     def wait(self) -> Outcome | BaseException:
@@ -72,6 +85,9 @@ class _Start:
         while thread.is_alive():
             thread.join(timeout=POLL_INTERVAL_S)
             self._exchange()
+            outcome = self._outcome_without_ray()
+            if outcome is not None:
+                return outcome
         self._exchange()
         assert self._ended is not None  # the thread leaves with it
         return self._ended
@@ -80,6 +96,19 @@ class _Start:
         """End workers that a lost controller has left behind: Ray does so by itself only where it has a dashboard."""
         if self._group is not None:
             free_group(self._group)
+
+    def _outcome_without_ray(self) -> Outcome | None:
+        """What the workers have said a while ago, if Ray's controller does not: it waits for one that died."""
+        if self._rejoining is None or time.monotonic() < self._asks_at_s:
+            return None
+        self._asks_at_s = time.monotonic() + _ASK_EVERY_S
+        before, self._told = self._told, self._rejoining.outcome()
+        if before is None or self._told is None:
+            return None
+        logger.warning("The run has ended, but Ray's controller has not: it is ended.")
+        self._rejoining.end_controller()
+        self.free_workers()
+        return before
 
     def _work(self) -> None:
         try:

@@ -1,11 +1,13 @@
 """What Ray runs on every worker, at every start: the first one, a restart and a resume are the same."""
 
+import importlib
 import logging
 import os
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,13 +84,21 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
-    datasets = {name: _open(data) for name, data in job.datasets.items()}
+    datasets = cache(lambda: {name: _open(data) for name, data in job.datasets.items()})  # not by a spare
 
     def train(survivor: ProcessMemory | None) -> Outcome:
         with distributed.membership():
-            return _train(job, datasets, survivor)
+            return _train(job, datasets(), survivor)
 
-    return train(None) if job.rejoining is None else job.rejoining.run(train)
+    return train(None) if job.rejoining is None else job.rejoining.run(train, partial(_warm_up, job))
+
+
+def _warm_up(job: Job) -> None:
+    """Have everything imported that the first model of a process imports, the user's code included."""
+    importlib.import_module("torch._dynamo")  # by DistributedDataParallel and the optimizer, and takes as long as torch
+    with suppress(Exception):  # it comes again when the model is needed, and is told then
+        set_random_seed(job.training.random_seed)
+        job.experiment.build_model(SimpleNamespace(**job.model_config))
 
 
 def _train(job: Job, datasets: dict[str, Any], survivor: ProcessMemory | None) -> Outcome:

@@ -13,8 +13,8 @@ _KINDS = {
     "checkpoint": ("checkpoint_saved",),
     "recovery": ("resumed", "rejoined", "rolled_back", "head_back", "sweep_resumed", "trial_took_over", "initialised"),
     "trouble": (
-        "failure", "hang", "corruption", "preempted", "controller_lost", "head_lost", "checkpoint_failed",
-        "checkpoint_rejected", "out_of_memory", "batch_failed",
+        "failure", "waiting_for_room", "spare_lost", "hang", "corruption", "preempted", "controller_lost", "head_lost",
+        "checkpoint_failed", "checkpoint_rejected", "out_of_memory", "batch_failed",
     ),
 }  # fmt: skip
 _KIND_OF = {event: kind for kind, events in _KINDS.items() for event in events}

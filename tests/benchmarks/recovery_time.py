@@ -1,8 +1,8 @@
-"""How long a run stands still when a worker is killed: replaced in place, and with all workers started again.
+"""How long a run stands still when a worker is killed: a spare takes over, it is replaced, or all start again.
 
 Run it with ``python tests/benchmarks/recovery_time.py [--rank 0] [--rounds 3]``. Two workers train a network of 25
 million parameters with AdamW and save every ten steps; one gets SIGKILL from outside. Printed are seconds from it on,
-for both ways in turn, on the same machine: until somebody noticed, until all workers were there again, until they
+for the three ways in turn, on the same machine: until somebody noticed, until all workers were there again, until they
 had the state, and until the first step that had not been done before; and how many steps were done twice.
 """
 
@@ -24,7 +24,7 @@ from ray_trainer import Experiment, TaskSpec, TrainingConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 WIDTH, BLOCKS, CLASSES = 512, 12, 10
 KILL_AT_STEP, LAST_STEP = 25, 40
-WAYS = {"in place": True, "all again": False}
+WAYS = {"all again": {"in_job_recovery": False}, "in place": {}, "a spare": {"spare_workers": 1}}
 
 
 class Points(Dataset):
@@ -52,7 +52,7 @@ experiment = Experiment(
 )
 
 
-def measure(directory: Path, rank: int, in_place: bool) -> dict[str, float]:
+def measure(directory: Path, rank: int, way: dict[str, Any]) -> dict[str, float]:
     """Seconds from the kill on, by phase, and the steps that were done twice."""
     from cluster_runs import kill, training, whole_lines, write_run_file  # imports Ray, which workers have
 
@@ -67,7 +67,13 @@ def measure(directory: Path, rank: int, in_place: bool) -> dict[str, float]:
             "tensorboard": False,
             "keep_last_n": 2,
         },
-        cluster={"num_workers": 2, "name": "run", "storage_path": str(directory), "in_job_recovery": in_place},
+        cluster={
+            "num_workers": 2,
+            "resources_per_worker": {"CPU": 0.5},  # so that three find room on two cores; one thread each
+            "name": "run",
+            "storage_path": str(directory),
+            **way,
+        },
     )
     with training(run_file) as command:
         command.wait_for_step(KILL_AT_STEP)
@@ -79,7 +85,8 @@ def measure(directory: Path, rank: int, in_place: bool) -> dict[str, float]:
     rows = {row["step"]: row["time"] for row in whole_lines(command.run_dir / "metrics.jsonl")}
     events = {row["event"]: row for row in whole_lines(command.run_dir / "events.jsonl")}
     resumed, rejoined = events["resumed"], events.get("rejoined")
-    assert ("rejoined" in events) is in_place
+    assert ("rejoined" in events) == way.get("in_job_recovery", True)
+    assert (rejoined["by_spares"] if rejoined else []) == [rank] * ("spare_workers" in way)
     there = rejoined["noticed_at"] + rejoined["waited_s"] if rejoined else events["workers_started"]["time"]
     return {
         "noticed": (rejoined["noticed_at"] if rejoined else events["failure"]["time"]) - killed_at,
@@ -97,17 +104,17 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(arguments.rounds):
-        for way, in_place in WAYS.items():
+        for way, settings in WAYS.items():
             with tempfile.TemporaryDirectory() as directory:
-                found[way].append(measure(Path(directory), arguments.rank, in_place))
+                found[way].append(measure(Path(directory), arguments.rank, settings))
     medians = {
         way: {name: statistics.median(each[name] for each in runs) for name in runs[0]} for way, runs in found.items()
     }
     print(f"{'':18}" + "".join(f"{way:>12}" for way in WAYS))
-    for name in medians["in place"]:
+    for name in medians["all again"]:
         print(f"{name:18}" + "".join(f"{medians[way][name]:12.2f}" for way in WAYS))
-    ratio = medians["in place"]["first new step"] / medians["all again"]["first new step"]
-    print(f"in place: {ratio:.2f} of the time of starting all again")
+    took_s = {way: medians[way]["first new step"] for way in WAYS}
+    print(f"{'of all again':18}" + "".join(f"{took_s[way] / took_s['all again']:12.2f}" for way in WAYS))
 
 
 if __name__ == "__main__":

@@ -77,17 +77,22 @@ def assert_same_run(whole: str, other: str) -> None:
     assert_same(metric_rows(whole), metric_rows(other))
 
 
-def test_job_that_loses_a_node_ends_with_the_weights_of_an_undisturbed_one(cluster, runs, whole, s3_server, tmp_path):
+def test_job_that_loses_a_node_goes_on_where_it_was_once_there_is_another(cluster, runs, whole, s3_server, tmp_path):
     run = f"{runs}/node"
-    client = submit(cluster, runs, "node", tmp_path)
+    one_a_node = ("cluster.resources_per_worker={CPU: 2}", "cluster.torch_threads_per_worker=1")
+    client = submit(cluster, runs, "node", tmp_path, *one_a_node)
     client.until(saved(run, 60), "a checkpoint at step 60")
 
     cluster.nodes.pop().kill()
+    client.until(lambda: events(run, "waiting_for_room") or None, "Ray to find no room")
+    cluster.add_node(num_cpus=3)
 
     assert client.wait() == 0, client.output
     assert events(run, "failure")
     assert [event["attempt"] for event in events(run, "workers_started")] == [1, 2]
-    assert 60 <= events(run, "resumed")[0]["step"] < STEPS
+    (resumed,) = events(run, "resumed")
+    assert resumed["tier"] == "survivor"
+    assert 60 <= resumed["step"] < STEPS
     assert_same_run(whole, run)
 
 

@@ -1,11 +1,27 @@
 """A worker that is killed is replaced alone: the others stay, no step is lost or done twice, whatever comes next."""
 
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import mortal_experiment
 import pytest
 import ray
-from cluster_runs import Command, assert_same_run, kill, ray_of_two_cpus, training, whole_lines
+from cluster_runs import (
+    Command,
+    assert_same_run,
+    command_line,
+    descendants,
+    kill,
+    ray_of_two_cpus,
+    training,
+    whole_lines,
+)
 from digits_run import KILL_AT_STEP, digits
 from experiments import events
 from mortal_experiment import LAST_STEP, experiment_of
@@ -56,39 +72,110 @@ def test_run_that_loses_each_rank_in_turn_ends_as_the_undisturbed_one(tmp_path: 
     assert_same_run(undisturbed, command.run_dir)
 
 
-def fit_with_deaths(directory: Path, *deaths: str) -> Path:
+def fit_with_deaths(directory: Path, *deaths: str, **cluster_settings: Any) -> Path:
     """The directory of a run of three workers in which each of these deaths came true."""
     graves = directory / "graves"
-    graves.mkdir(parents=True)
+    graves.mkdir(parents=True, exist_ok=True)
     for death in deaths:
         (graves / death).touch()
     training = TrainingConfig(epochs=3, batch_size=5, log_every_n_steps=4, save_every_n_steps=5, tensorboard=False)
     cluster = ClusterConfig(
         num_workers=3,
-        resources_per_worker={"CPU": 0.5},
         name="mortal",
         storage_path=str(directory),
         max_failures=20,
+        **{"resources_per_worker": {"CPU": 0.5}, **cluster_settings},
     )
     result = fit(experiment_of(), training, cluster, {"graves": str(graves)})
     assert list(graves.iterdir()) == []
     return Path(result.run_dir)
 
 
-def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The run of three workers in which nobody dies; its Ray is there for the others."""
     with ray_of_two_cpus():
-        whole = fit_with_deaths(tmp_path / "whole")
-        struck = fit_with_deaths(
-            tmp_path / "struck",
-            "in_forward_3-rank0",  # of its second step; the others wait for its gradients
-            "in_restore-rank0",  # the newcomer, once it has the state of a survivor
-            "in_restore-rank1",  # and one of the two survivors: what the third has must be enough
-            "after_validation-rank2",
-            *(f"after_step_14-rank{rank}" for rank in range(3)),  # nobody is left: the checkpoint of step 12
-            "at_the_end-rank0",  # the others are done, and come back for it
-        )
+        yield fit_with_deaths(tmp_path_factory.mktemp("whole"))
+
+
+def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_path: Path, whole: Path) -> None:
+    struck = fit_with_deaths(
+        tmp_path / "struck",
+        "in_forward_3-rank0",  # of its second step; the others wait for its gradients
+        "in_restore-rank0",  # the newcomer, once it has the state of a survivor
+        "in_restore-rank1",  # and one of the two survivors: what the third has must be enough
+        "after_validation-rank2",
+        *(f"after_step_14-rank{rank}" for rank in range(3)),  # nobody is left: the checkpoint of step 12
+        "at_the_end-rank0",  # the others are done, and come back for it
+    )
 
     resumed = events(struck, "resumed")
     assert [event["step"] for event in resumed] == [1, 6, 12, LAST_STEP]
     assert [event["tier"] for event in resumed] == ["survivor", "survivor", "storage", "storage"]
+    assert_same_run(whole, struck)
+
+
+def worker_pids() -> set[int]:
+    return {pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::RayTrainWorker")}
+
+
+@contextmanager
+def stopped_controllers() -> Iterator[None]:
+    """Ray's controllers stand still inside, as one does that waits for a worker for which there is no room."""
+    pids = [pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::TrainController")]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_spares_take_the_place_of_the_dead_and_their_own_deaths_disturb_nobody(tmp_path: Path, whole: Path) -> None:
+    (tmp_path / "graves").mkdir()
+    holds = [tmp_path / "graves" / f"hold_after_step_{step}" for step in (2, 12)]
+    for hold in holds:
+        hold.touch()
+    run_dir = tmp_path / "mortal"
+
+    def wait_for(event: str, of: str = "") -> dict[str, Any]:
+        while True:
+            rows = [row for row in whole_lines(run_dir / "events.jsonl") if row["event"] == event and of in str(row)]
+            if rows:
+                return rows[-1]
+            assert not running.done(), running.result()
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(
+            fit_with_deaths,
+            tmp_path,
+            "after_step_3-rank1",
+            "after_step_9-rank0",
+            spare_workers=2,
+            resources_per_worker={"CPU": 0.4},
+            hang_floor_s=None,
+        )
+        trains = wait_for("workers_started")["pids"]
+        first, second = worker_pids() - set(trains)
+        kill(first)
+        assert f"(pid {first})" in wait_for("spare_lost")["cause"]
+        holds[0].unlink()
+        wait_for("failure", "rank 0")
+        wait_for("rejoined", "'replaced': [0]")
+        with stopped_controllers():  # the run ends without one
+            holds[1].unlink()
+            struck = running.result()
+
+    resumed = events(struck, "resumed")
+    assert [(event["step"], event["tier"]) for event in resumed] == [(3, "survivor"), (9, "survivor")]
+    assert [event["replaced"] for event in events(struck, "rejoined")] == [[1], [0]]
+    assert events(struck, "rejoined")[0]["by_spares"] == [1]
+    assert events(struck, "workers_started")[1]["pids"] == [trains[0], second, trains[2]]
+    failures = [event["cause"] for event in events(struck, "failure")]
+    assert ["rank 1: " in " ".join(failures), "rank 2: " in " ".join(failures)] == [True, False]
+    assert len(events(struck, "spare_lost")) == 1
     assert_same_run(whole, struck)

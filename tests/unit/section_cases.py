@@ -120,6 +120,7 @@ CASES: dict[type[Section], dict[str, tuple[list[object], list[object]]]] = {
         "torch_threads_per_worker": OPTIONAL_COUNT,
         "snapshot_every_n_steps": OPTIONAL_COUNT,
         "in_job_recovery": FLAG,
+        "spare_workers": COUNT_OR_ZERO,
         "collective_timeout_s": POSITIVE,
         "hang_floor_s": OPTIONAL_POSITIVE,
     },

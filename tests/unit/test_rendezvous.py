@@ -1,0 +1,234 @@
+"""Who becomes which rank when processes meet, die and come back; without Ray, on a clock of the test's own."""
+
+from typing import Any
+
+import pytest
+
+from ray_trainer.cluster.rendezvous import Rendezvous
+
+ASKS_EVERY_S = 0.1
+
+
+class Workers:
+    """Processes in the places of Ray's workers, that ask as real ones do, and those of them that are dead."""
+
+    def __init__(self, num_ranks: int, num_spares: int = 0) -> None:
+        self.num_ranks, self.num_spares = num_ranks, num_spares
+        self.now_s = 100.0
+        self.dead: set[str] = set()
+        self.known: dict[str, tuple[int, dict[int, Any]]] = {}  # by name: what it knows of the newest generation
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.start_rendezvous()
+
+    def start_rendezvous(self) -> None:
+        num_places = self.num_ranks + self.num_spares
+        self.rendezvous = Rendezvous(
+            self.num_ranks, num_places, lambda card: card["name"] in self.dead, lambda: self.now_s
+        )
+
+    def ask(self, *names: str, rounds: int = 3) -> None:
+        """Let processes ask in turn until they are in the next generation. A name is a place and a letter: 0a."""
+        asking = list(names)
+        for _ in range(rounds):
+            for name in list(asking):
+                number, members = self.known.get(name, (0, {}))
+                answer = self.rendezvous.join({"name": name, "place": int(name[0])}, number)
+                if answer["number"] < number:
+                    self.rendezvous.remember(number, members)
+                if "members" in answer:
+                    self.known[name] = (answer["number"], answer["members"])
+                    if name in self.generation(name)[1]:
+                        asking.remove(name)
+                self.answers[name] = answer
+                self.now_s += ASKS_EVERY_S / len(names)
+
+    def end(self, *names: str) -> list[dict[str, Any]]:
+        """Let ranks say that they are done; what they are told."""
+        told = []
+        for name in names:
+            number, members = self.known[name]
+            (rank,) = [rank for rank, card in members.items() if card["name"] == name]
+            told.append(self.rendezvous.end(rank, number, f"outcome of {rank}".encode()))
+            self.now_s += ASKS_EVERY_S
+        return told
+
+    def generation(self, name: str) -> tuple[int, list[str]]:
+        """The number and the ranks of the newest generation, as a process knows them."""
+        number, members = self.known.get(name, (0, {}))
+        return number, [members[rank]["name"] for rank in sorted(members)]
+
+
+def two_with_spares(num_spares: int = 1) -> Workers:
+    """Places 0 and 1 train together, the others wait."""
+    workers = Workers(2, num_spares)
+    spares = [f"{2 + spare}a" for spare in range(num_spares)]
+    workers.ask(*spares, "1a", "0a")
+    workers.ask(*spares)
+    assert workers.generation("0a") == (1, ["0a", "1a"])
+    return workers
+
+
+def test_first_generation_needs_all_workers_and_ranks_them_by_their_places():
+    workers = Workers(2, num_spares=1)
+
+    workers.ask("2a", "1a")
+    assert workers.generation("1a") == (0, [])
+    assert workers.answers["2a"]["gathers"]
+
+    workers.ask("2a", "1a", "0a")
+    assert workers.generation("0a") == workers.generation("1a") == (1, ["0a", "1a"])
+    assert not workers.answers["2a"]["gathers"]
+
+
+def test_spare_takes_the_rank_of_the_dead_and_the_survivor_keeps_its_own():
+    workers = two_with_spares()
+    workers.dead.add("0a")
+
+    workers.ask("1a", "2a")
+
+    assert workers.generation("1a") == workers.generation("2a") == (2, ["2a", "1a"])
+
+
+def test_process_that_ray_starts_for_the_dead_becomes_the_next_spare():
+    workers = two_with_spares()
+    workers.dead.add("0a")
+    workers.ask("1a", "2a")
+
+    workers.ask("0b")
+    assert not workers.answers["0b"]["gathers"]
+
+    workers.dead.add("2a")
+    workers.ask("1a", "0b")
+    assert workers.generation("0b") == (3, ["0b", "1a"])
+
+
+def test_spares_wait_for_a_member_that_may_be_alive():
+    workers = two_with_spares(num_spares=2)
+
+    workers.ask("2a", "3a", "0a")
+    assert workers.generation("2a") == (1, ["0a", "1a"])
+
+    workers.ask("2a", "3a", "0a", "1a")
+    assert workers.generation("0a") == (2, ["0a", "1a"])
+
+
+def test_the_spare_that_has_waited_longest_is_taken():
+    workers = two_with_spares(num_spares=2)
+    workers.ask("2b", "3a")
+    workers.dead |= {"2a", "1a"}
+
+    workers.ask("2b", "3a", "0a")
+
+    assert workers.generation("0a") == (2, ["0a", "3a"])
+    assert not workers.answers["2b"]["gathers"]
+
+
+def test_spare_that_dies_while_it_waits_disturbs_nobody():
+    workers = two_with_spares()
+    workers.dead.add("2a")
+
+    assert workers.rendezvous.bury([2]) == {2: None}
+    workers.ask("2b")
+
+    assert workers.generation("2b") == (1, ["0a", "1a"])
+    assert not workers.answers["2b"]["gathers"]
+
+
+def test_spare_that_has_died_a_moment_ago_is_not_taken():
+    workers = two_with_spares()
+    workers.dead |= {"1a", "2a"}
+
+    workers.ask("0a")
+    assert workers.generation("0a") == (1, ["0a", "1a"])
+
+    workers.ask("1b", "0a")
+    assert workers.generation("0a") == (2, ["0a", "1b"])
+
+
+def test_without_spares_a_survivor_waits_for_the_one_that_ray_starts():
+    workers = Workers(2)
+    workers.ask("0a", "1a")
+    workers.ask("0a")
+    assert workers.answers["0a"]["gathers"]
+
+    workers.ask("0a", "1b")
+
+    assert workers.generation("1b") == (2, ["0a", "1b"])
+
+
+def test_all_members_dead_are_replaced_by_spare_and_newcomer():
+    workers = two_with_spares()
+    workers.dead |= {"0a", "1a"}
+
+    workers.ask("2a", "0b")
+
+    assert sorted(workers.generation("2a")[1]) == ["0b", "2a"]
+
+
+@pytest.mark.parametrize(("knowing", "taken"), [("0a", "3b"), ("2a", "2a")], ids=["survivor", "spare"])
+def test_rendezvous_that_starts_anew_is_told_by_any_that_knows(knowing, taken):
+    workers = two_with_spares(num_spares=2)
+    workers.start_rendezvous()
+
+    workers.ask(knowing, "3b")
+    assert workers.generation("3b") == (1, ["0a", "1a"])
+
+    workers.dead.add("1a")
+    workers.ask("0a", "2a", "3b")
+    assert workers.generation("0a") == (2, ["0a", taken])
+
+
+def test_rendezvous_that_nobody_can_tell_anything_forms_no_second_group_of_newcomers():
+    workers = two_with_spares(num_spares=2)
+    workers.start_rendezvous()
+
+    workers.ask("2b", "3b", rounds=50)
+
+    assert workers.generation("2b") == (0, [])
+
+
+def test_outcome_of_rank_0_reaches_all_and_spares_know_before_the_others_leave():
+    workers = two_with_spares()
+
+    assert workers.end("0a") == [{"number": 1, "is_broken": False}]
+    assert workers.end("1a") == [{"number": 1, "is_broken": False}]  # the spare has to ask first
+    workers.ask("2a", rounds=1)
+    assert workers.answers["2a"]["outcome"] == b"outcome of 0"
+    assert [answer["outcome"] for answer in workers.end("0a", "1a")] == [b"outcome of 0"] * 2
+
+    workers.ask("1b", rounds=1)  # Ray has replaced one that died after that
+    assert workers.answers["1b"]["outcome"] == b"outcome of 0"
+
+
+def test_rank_that_is_done_comes_back_when_another_dies_before_it_is():
+    workers = two_with_spares()
+    assert not workers.end("1a")[0]["is_broken"]
+
+    workers.dead.add("0a")
+    assert workers.end("1a")[0]["is_broken"]
+
+    workers.ask("1a", "2a")
+    assert workers.generation("2a") == (2, ["2a", "1a"])
+    assert [answer["is_broken"] for answer in workers.end("1a", "2a")] == [False, False]
+
+
+def test_failures_are_told_by_the_rank_of_who_failed_whoever_has_it_now():
+    workers = two_with_spares()
+    workers.dead.add("1a")
+    workers.ask("0a", "2a")
+
+    assert workers.rendezvous.bury([1]) == {1: 1}
+    workers.dead.add("2a")
+    assert workers.rendezvous.bury([2]) == {2: 1}
+
+
+def test_newcomer_that_dies_while_it_is_waited_for_is_missed():
+    workers = Workers(2)
+    workers.ask("0a", "1a")
+    workers.dead.add("1a")
+    workers.rendezvous.bury([1])
+    workers.ask("0a")
+
+    (missed,) = workers.rendezvous.bury([1]).values()
+
+    assert missed is not None
