@@ -60,6 +60,9 @@ class ReplacementGuard(WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray at each start of workers."""
         self._rendezvous.is_controlled_by.remote(ray.get_runtime_context().current_actor)
+        # starts a process beside each newcomer that would manage no datasets: ours do not go through Ray Train
+        callbacks = getattr(worker_group, "_execution_group_callbacks", [])
+        callbacks[:] = [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]
         replace = worker_group.replace_replica_group
 
         def replace_guarded(index: int) -> None:
