@@ -7,6 +7,7 @@ worker group of which every worker failed is started again as a whole.
 
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 _ANSWERS_WITHIN_S = 30.0
+_MOVES_WITHIN_S = 5.0
 _NO_ROOM = "the cluster has no room for a worker that is missing; it is started as soon as there is"
 
 
@@ -60,6 +62,9 @@ class ReplacementGuard(WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray at each start of workers."""
         self._rendezvous.is_controlled_by.remote(ray.get_runtime_context().current_actor)
+        # starts a process beside each newcomer that would manage no datasets: ours do not go through Ray Train
+        callbacks = getattr(worker_group, "_execution_group_callbacks", [])
+        callbacks[:] = [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]
         replace = worker_group.replace_replica_group
 
         def replace_guarded(index: int) -> None:
@@ -83,9 +88,14 @@ class ReplacementGuard(WorkerGroupCallback):
 
 
 def _has_room(worker_group: Any) -> bool:
-    """Whether the workers' places are on nodes that are there."""
+    """Whether the workers' places are on nodes that are there; those of a lost one may be moving to another."""
     group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-    return bool(placement_group_table(group).get("state") == "CREATED")
+    deadline_s = time.monotonic() + _MOVES_WITHIN_S
+    while placement_group_table(group).get("state") != "CREATED":
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _answers(worker: Any) -> bool:
