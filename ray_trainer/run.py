@@ -158,9 +158,6 @@ class Run:
         self._saver.poll(self._loop.agreed.busy)
         if self._compare_replicas(is_saved=self._saver.snapshot_is_due(self._loop.agreed.busy)):
             return
-        if self._saver.snapshot_is_due(self._loop.agreed.busy):
-            self._recorder.flush()
-            self._saver.snapshot(self._recorder.metrics())
         if not self._limits.ends_epoch(self._progress) and not self._limits.reached(self._progress):
             self._safe_point()  # else validation and saving belong to the end of the epoch
 
@@ -170,6 +167,8 @@ class Run:
         must_validate = self._validate_at.due(moment) and not self._recorder.has_validated
         if must_validate and not self._validate():
             return
+        if not is_resumed:
+            self._snapshot()
         is_due = self._saver.due(moment) and (must_validate or not is_resumed or self._saver.is_behind)
         if self._save_requested or is_due:
             self._save(may_skip=not self._save_requested)
@@ -185,6 +184,7 @@ class Run:
             return
         self._recorder.epoch()
         progress.epoch_logged = is_whole
+        self._snapshot()
         if self._save_requested or self._saver.due(moment) or self._limits.reached(progress):
             self._save()
         if not self._has_gone_back:
@@ -209,6 +209,12 @@ class Run:
         self._ask(self._hooks.on_validation_end, {f"val_{name}": value for name, value in means.items()})
         self._recorder.validation(means)
         return True
+
+    def _snapshot(self) -> None:
+        """Take one where it is due; once all rows of the step are written, or they would come again after a resume."""
+        if self._saver.snapshot_is_due(self._loop.agreed.busy):
+            self._recorder.flush()
+            self._saver.snapshot(self._recorder.metrics())
 
     def _save(self, may_skip: bool = False) -> None:
         self._save_requested = False

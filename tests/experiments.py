@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ray_trainer import TaskSpec, Trainer, TrainingConfig
+from ray_trainer.runtime import Runtime
 
 POINTS = TaskSpec("points", "tabular_classification", input_fields=["features"], metrics=["loss", "accuracy"])
 FORKSERVER_IMPORTS = ["ray_trainer", "pandas", "pytest", "tensorboardX", "torch._dynamo"]  # what a child would wait for
@@ -138,13 +139,15 @@ def settings(run_dir: Path, **changes: Any) -> TrainingConfig:
     return TrainingConfig(**(chosen | changes))
 
 
-def prepare(run_dir: Path, norm: bool = False, size: int | None = None, **changes: Any) -> SimpleNamespace:
+def prepare(
+    run_dir: Path, norm: bool = False, size: int | None = None, runtime: Runtime | None = None, **changes: Any
+) -> SimpleNamespace:
     """A trainer, its data and its diary; nothing has run yet."""
     torch.manual_seed(7)
     model = Network(norm)
     train_set = Points(size or (18 if norm else 19))  # with normalisation no micro-batch may be a single sample
     diary = Diary(model)
-    trainer = Trainer(model, SimpleNamespace(), settings(run_dir, **changes), POINTS, diary)
+    trainer = Trainer(model, SimpleNamespace(), settings(run_dir, **changes), POINTS, diary, runtime=runtime)
     return SimpleNamespace(trainer=trainer, model=model, train_set=train_set, val_set=Points(7, seed=1), diary=diary)
 
 

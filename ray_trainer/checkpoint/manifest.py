@@ -10,6 +10,7 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -176,6 +177,7 @@ def _number(name: str, value: Any) -> float:
         raise CheckpointError(f"metrics.{name}: {type(value).__name__} is not a number.") from error
 
 
+@cache
 def _version(distribution: str) -> str:
     try:
         return version(distribution)

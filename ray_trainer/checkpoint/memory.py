@@ -64,11 +64,11 @@ class MemoryTier:
 
         Training waits for the copy only. What cannot be kept is logged.
         """
-        images, _ = files_of_rank(state, rank_state)
-        places, end = lay_out(images)
         try:
+            images, _ = files_of_rank(state, rank_state)
+            places, end = lay_out(images)
             memory = self._room_for(end)
-        except OSError as error:
+        except (CheckpointError, OSError) as error:
             self._tell_failure(error)
             return
         copy_in(images, places, memory)
@@ -114,7 +114,7 @@ class MemoryTier:
         else:
             self._has_failed = False
 
-    def _tell_failure(self, error: OSError) -> None:
+    def _tell_failure(self, error: Exception) -> None:
         if not self._has_failed:
             logger.warning(
                 "No snapshot in memory: %s. Training goes on; checkpoints on storage are not affected.", error

@@ -6,6 +6,11 @@ the order changes from round to round. Printed are medians: the *stall*, for whi
 multiple of one warm memcpy of the same bytes made right before; and the *extra* time of the whole round, until the
 checkpoint is durable or the round ends, whichever is later.
 
+All four sync what they write: DCP's writer each file and its metadata (``sync_files``, its default), ``torch.save``
+its one file here. Ours besides syncs the directory, computes the checksum of every file, writes the manifest and
+deletes the checkpoint before, all within the round; what the others leave is deleted between rounds. DCP is called
+with its defaults, so it allocates its copy anew each time; ours is allocated in a round that does not count.
+
 ``--memory`` measures instead how much memory one checkpoint of ours takes at most, all processes together, beyond
 the training and its state.
 """
