@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from ray.exceptions import RayTaskError
 
 from ray_trainer.cluster.pipeline import explained
@@ -9,11 +10,11 @@ from ray_trainer.users_code import is_users, users_line
 
 
 def test_line_is_the_users_and_not_that_of_a_compiled_library():
-    try:
+    with pytest.raises(pa.ArrowInvalid) as caught:
         pq.read_table(pa.BufferReader(b"garbage" * 9))
-    except pa.ArrowInvalid as error:
-        assert users_line(error).startswith(f" ({__file__}, line ")
-        assert "pq.read_table" in users_line(error)
+
+    assert users_line(caught.value).startswith(f" ({__file__}, line ")
+    assert "pq.read_table" in users_line(caught.value)
     assert not is_users("pyarrow/error.pxi")
     assert not is_users("<string>")
 
