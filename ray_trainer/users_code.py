@@ -10,9 +10,9 @@ _HERE = Path(__file__).resolve().parent
 
 def is_users(filename: str) -> bool:
     """Whether a file belongs neither to Python, nor to an installed package, nor to this one."""
-    if filename.startswith("<"):
-        return False
     path = Path(filename).resolve()
+    if not path.is_file():  # "<string>", or where a compiled library was built
+        return False
     if {"site-packages", "dist-packages"} & set(path.parts):
         return False
     return not any(path.is_relative_to(place) for place in (*_LIBRARIES, _HERE))

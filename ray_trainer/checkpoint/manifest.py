@@ -187,7 +187,10 @@ def _version(distribution: str) -> str:
 
 def _sealed(data: bytes) -> bytes:
     """The bytes with the checksum field set to the checksum of the bytes with that field at zero."""
-    position = data.rindex(b'"xxh3_128": "') + len(b'"xxh3_128": "')
+    found = data.rfind(b'"xxh3_128": "')
+    if found < 0:
+        raise ValueError("it is empty" if not data else "it has no checksum")
+    position = found + len(b'"xxh3_128": "')
     before, after = data[:position], data[position + len(_NO_CHECKSUM) :]
     digest = xxhash.xxh3_128_hexdigest(before + _NO_CHECKSUM.encode() + after)
     return before + digest.encode() + after

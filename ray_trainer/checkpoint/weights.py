@@ -89,7 +89,7 @@ def _read_weights(checkpoint: Storage) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{checkpoint.uri} can't be used: {MANIFEST} is missing.") from error
     except CheckpointCorruptError as error:
-        raise CheckpointCorruptError(f"{checkpoint.uri} can't be used: {error}.") from error
+        raise CheckpointCorruptError(f"{checkpoint.uri} can't be used: {error}") from error
 
 
 def _split(output: str) -> tuple[str, str]:

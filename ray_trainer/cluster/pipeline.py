@@ -28,6 +28,13 @@ def explained(error: RayError) -> DataError:
     if isinstance(error.cause, DataError):
         return error.cause
     # Ray wraps what the user's code raised, and keeps the original in its traceback only
-    innermost = str(error).split("\nThe above exception")[0].strip().splitlines()
-    what = innermost[-1] if innermost else str(error.cause)
+    what = _raised(str(error).split("\nThe above exception")[0]) or str(error.cause)
     return DataError(f"The pipeline of the Ray Dataset failed with {what}\n\n{error}")
+
+
+def _raised(traceback: str) -> str:
+    """The line of a traceback that names the error: the one after the last frame, before any notes."""
+    lines = traceback.strip().splitlines()
+    frames = [place for place, line in enumerate(lines) if line.startswith("  File ")]
+    after = [line for line in lines[frames[-1] + 1 :] if not line.startswith(" ")] if frames else lines[-1:]
+    return after[0] if after else ""

@@ -68,9 +68,9 @@ def read_run(run: Storage, now: float) -> RunData:
     Raises:
         ConfigError: there is no run.
     """
-    if not any(run.exists(name) for name in ("events.jsonl", "metrics.jsonl", "run.yaml")):
+    if not any(run.exists(name) for name in ("events.jsonl", "metrics.jsonl")):  # a user's run.yaml is no run yet
         raise ConfigError(
-            f"{run.uri} is no run directory: it has no events.jsonl, no metrics.jsonl and no run.yaml. "
+            f"{run.uri} is no run directory: it has no events.jsonl and no metrics.jsonl. "
             "Name storage_path/name of a run."
         )
     events = _events(run)

@@ -11,7 +11,7 @@ from ray_trainer.checkpoint.catalog import checkpoint_names
 from ray_trainer.checkpoint.layout import read_manifest
 from ray_trainer.checkpoint.lineage import inherit
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
-from ray_trainer.errors import LeaseLostError
+from ray_trainer.errors import CheckpointCorruptError, LeaseLostError
 from ray_trainer.storage import Storage
 from ray_trainer.storage.lease import follow, holding
 
@@ -144,3 +144,9 @@ def test_workers_of_an_earlier_start_can_not_commit_and_leave_nothing(run):
         third.save(3)
 
     assert [record.step for record in list_checkpoints(run)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("data", "why"), [(b"", "it is empty"), (b"{}", "it has no checksum")])
+def test_manifest_that_is_none_is_told_in_words(data, why):
+    with pytest.raises(CheckpointCorruptError, match=f"manifest.json is broken: {why}"):
+        Manifest.from_bytes(data)

@@ -131,11 +131,12 @@ def test_without_output_the_page_is_in_the_directory_of_the_run(tmp_path, capsys
 
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.yaml").write_text("experiment: digits.py:experiment")  # what a run is started from
 
     assert main(["report", str(tmp_path / "a")]) == 2
 
     assert "is no run directory" in capsys.readouterr().err
-    assert list((tmp_path / "a").iterdir()) == []
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["run.yaml"]
 
 
 def test_a_page_that_cannot_be_written_is_told(tmp_path, capsys):
