@@ -1,6 +1,6 @@
 """Whether anything grows while workers of one run are killed again and again.
 
-Run it with ``python tests/benchmarks/many_kills.py [--kills 200]``. Two workers train a tiny network with the hang
+Run it with ``python tests/benchmarks/many_kills.py [--kills 200] [--minutes 30]``. Two workers train a tiny network with the hang
 monitor on. From outside, rank 1 gets SIGKILL in the first half of the kills and rank 0 in the second, so that each
 of them survives half of the kills of the other. Each kill must have been answered by a replacement and by new steps
 before the next one. Printed is what the run holds on to, over time, and how much of each it gained with a kill once
@@ -200,6 +200,7 @@ def main() -> None:
     """Kill, watch, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=120.0, help="after which it is enough, whatever the number")
     parser.add_argument("--show-every", type=int, default=10, help="kills between two lines of the table")
     arguments = parser.parse_args()
     os.environ["SLOW_POINTS_PAUSE_S"] = "0.01"
@@ -210,7 +211,10 @@ def main() -> None:
             print(" kill seconds  " + " ".join(samples[0]))
             show(0, 0.0, samples[0])
             took = []
+            until_s = time.monotonic() + arguments.minutes * 60
             for number in range(1, arguments.kills + 1):
+                if time.monotonic() > until_s:
+                    break
                 took.append(kill_one(command, rank=1 if number <= arguments.kills // 2 else 0))
                 samples.append(sample(command))
                 if number % arguments.show_every == 0:
