@@ -1,11 +1,11 @@
 """Whether anything grows while workers of one run are killed again and again.
 
-Run it with ``python tests/benchmarks/many_kills.py [--kills 200] [--minutes 30]``. Two workers train a tiny network with the hang
-monitor on. From outside, rank 1 gets SIGKILL in the first half of the kills and rank 0 in the second, so that each
-of them survives half of the kills of the other. Each kill must have been answered by a replacement and by new steps
-before the next one. Printed is what the run holds on to, over time, and how much of each it gained with a kill once
-the first tenth was over. In the end the weights, the optimizer and the metrics are compared with those of an
-undisturbed run of as many steps.
+Run it with ``python tests/benchmarks/many_kills.py [--kills 200] [--minutes 30]``. Two workers train a tiny network
+with the hang monitor on. From outside, rank 1 gets SIGKILL in the first half of the kills and rank 0 in the second,
+so that each of them survives half of the kills of the other. Each kill must have been answered by a replacement and
+by new steps before the next one. Printed is what the run holds on to, over time, and how much of each it gained with
+a kill once the first tenth was over. In the end the weights, the optimizer and the metrics are compared with those
+of an undisturbed run of as many steps.
 """
 
 import argparse
