@@ -25,18 +25,20 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import slow_points  # noqa: E402 - found through the path that is set above
 from cluster_runs import (  # noqa: E402
     Command,
-    assert_same_run,
     command_line,
     descendants,
     kill,
     newest_checkpoint,
     step_of,
+    tensors,
     training,
     whole_lines,
     write_run_file,
 )
+from experiments import assert_same, metric_rows  # noqa: E402
 
 PATIENCE_S = 120
+LOG_EVERY = 10  # steps
 MEMORY = "MB"  # in the name of a column: shown with a fraction
 
 
@@ -51,7 +53,7 @@ def run_file(directory: Path, **settings: object) -> Path:
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
-            "log_every_n_steps": 10,
+            "log_every_n_steps": LOG_EVERY,
             "save_every_n_epochs": None,
             "save_every_n_steps": 100,
             "keep_last_n": 3,
@@ -232,7 +234,10 @@ def main() -> None:
         whole.mkdir()
         with training(run_file(whole, max_steps=last)) as undisturbed:
             assert undisturbed.wait() == 0, undisturbed.output
-        assert_same_run(undisturbed.run_dir, command.run_dir)
+        one, other = newest_checkpoint(undisturbed.run_dir), newest_checkpoint(command.run_dir)
+        assert_same(tensors(one), tensors(other))
+        rows = [row for row in metric_rows(undisturbed.run_dir) if row["step"] % LOG_EVERY == 0]
+        assert_same(rows, metric_rows(command.run_dir))  # one that is stopped has no row of its last, short interval
         print(f"after {last} steps the same to the bit as an undisturbed run")
 
 
