@@ -67,6 +67,8 @@ class BackgroundWriter:
 
     def prepare(self, size_bytes: int) -> None:
         """Allocate the memory while training goes on; the first snapshot would have to wait for it."""
+        if self._arena is not None:
+            return  # a snapshot was sooner: the process beside sees that memory, and no other
         self._preparation = threading.Thread(target=self._prepare, args=(size_bytes,), daemon=True)
         self._preparation.start()
 

@@ -1,11 +1,11 @@
 """Whether anything grows while workers of one run are killed again and again.
 
-Run it with ``python tests/benchmarks/many_kills.py [--kills 200]``. Two workers train a tiny network with the hang
-monitor on. From outside, rank 1 gets SIGKILL in the first half of the kills and rank 0 in the second, so that each
-of them survives half of the kills of the other. Each kill must have been answered by a replacement and by new steps
-before the next one. Printed is what the run holds on to, over time, and how much of each it gained with a kill once
-the first tenth was over. In the end the weights, the optimizer and the metrics are compared with those of an
-undisturbed run of as many steps.
+Run it with ``python tests/benchmarks/many_kills.py [--kills 200] [--minutes 30]``. Two workers train a tiny network
+with the hang monitor on. From outside, rank 1 gets SIGKILL in the first half of the kills and rank 0 in the second,
+so that each of them survives half of the kills of the other. Each kill must have been answered by a replacement and
+by new steps before the next one. Printed is what the run holds on to, over time, and how much of each it gained with
+a kill once the first tenth was over. In the end the weights, the optimizer and the metrics are compared with those
+of an undisturbed run of as many steps.
 """
 
 import argparse
@@ -25,18 +25,20 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import slow_points  # noqa: E402 - found through the path that is set above
 from cluster_runs import (  # noqa: E402
     Command,
-    assert_same_run,
     command_line,
     descendants,
     kill,
     newest_checkpoint,
     step_of,
+    tensors,
     training,
     whole_lines,
     write_run_file,
 )
+from experiments import assert_same, metric_rows  # noqa: E402
 
 PATIENCE_S = 120
+LOG_EVERY = 10  # steps
 MEMORY = "MB"  # in the name of a column: shown with a fraction
 
 
@@ -51,7 +53,7 @@ def run_file(directory: Path, **settings: object) -> Path:
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
-            "log_every_n_steps": 10,
+            "log_every_n_steps": LOG_EVERY,
             "save_every_n_epochs": None,
             "save_every_n_steps": 100,
             "keep_last_n": 3,
@@ -200,6 +202,7 @@ def main() -> None:
     """Kill, watch, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=120.0, help="after which it is enough, whatever the number")
     parser.add_argument("--show-every", type=int, default=10, help="kills between two lines of the table")
     arguments = parser.parse_args()
     os.environ["SLOW_POINTS_PAUSE_S"] = "0.01"
@@ -210,7 +213,10 @@ def main() -> None:
             print(" kill seconds  " + " ".join(samples[0]))
             show(0, 0.0, samples[0])
             took = []
+            until_s = time.monotonic() + arguments.minutes * 60
             for number in range(1, arguments.kills + 1):
+                if time.monotonic() > until_s:
+                    break
                 took.append(kill_one(command, rank=1 if number <= arguments.kills // 2 else 0))
                 samples.append(sample(command))
                 if number % arguments.show_every == 0:
@@ -228,7 +234,10 @@ def main() -> None:
         whole.mkdir()
         with training(run_file(whole, max_steps=last)) as undisturbed:
             assert undisturbed.wait() == 0, undisturbed.output
-        assert_same_run(undisturbed.run_dir, command.run_dir)
+        one, other = newest_checkpoint(undisturbed.run_dir), newest_checkpoint(command.run_dir)
+        assert_same(tensors(one), tensors(other))
+        rows = [row for row in metric_rows(undisturbed.run_dir) if row["step"] % LOG_EVERY == 0]
+        assert_same(rows, metric_rows(command.run_dir))  # one that is stopped has no row of its last, short interval
         print(f"after {last} steps the same to the bit as an undisturbed run")
 
 

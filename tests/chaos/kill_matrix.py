@@ -24,6 +24,7 @@ from matrix_experiment import STEPS_AN_EPOCH
 
 from ray_trainer.chaos import compare_runs
 from ray_trainer.chaos.processes import identity, is_alive
+from ray_trainer.errors import CheckpointError
 from ray_trainer.storage import Storage
 
 WORKERS = 3
@@ -245,9 +246,12 @@ def column(directory: Path, victim: str, phases: Sequence[str], whole: Run, epoc
                 print(f"{death.phase} x {victim} at step {death.step}: {cells[death.phase]}", flush=True)
         except AssertionError as error:
             print(f"{victim}: {str(error)[-3000:]}", flush=True)
-            reached = next(phase for phase, cell in cells.items() if cell == "not reached")
+            reached = next((phase for phase, cell in cells.items() if cell == "not reached"), phases[-1])
             return cells | {reached: "FAILED"}
-        differences = run.differences(whole)
+        try:
+            differences = run.differences(whole)
+        except CheckpointError as error:
+            differences = [str(error)]
     for difference in differences[:5]:
         print(f"{victim}: {difference}", flush=True)
     return {phase: f"{'DIFFERS' if differences else 'equal'}: {cell}" for phase, cell in cells.items()}
@@ -260,13 +264,15 @@ def main() -> int:
     parser.add_argument(
         "--epochs", type=int, default=60, help=f"of {STEPS_AN_EPOCH} steps; more where cells are missed"
     )
+    parser.add_argument("--directory", help="where the runs stay, to look at; an empty one")
     arguments = parser.parse_args()
     cells = [(phase, victim) for victim in VICTIMS for phase in PHASES]
     if arguments.cells:
         chosen = {tuple(cell.split(":")) for cell in arguments.cells}
         cells = [(phase, victim) for phase, victim in cells if chosen & {(phase, victim), ("", victim), (phase, "")}]
     found: dict[tuple[str, str], str] = {}
-    with tempfile.TemporaryDirectory() as name:
+    with ExitStack() as stack:
+        name = arguments.directory or stack.enter_context(tempfile.TemporaryDirectory())
         whole = Run(Path(name, "whole"), arguments.epochs).undisturbed()
         for victim in dict.fromkeys(victim for _, victim in cells):
             phases = [phase for phase, own in cells if own == victim]

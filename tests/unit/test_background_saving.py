@@ -53,6 +53,19 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_memory_that_is_prepared_too_late_does_not_take_the_place_of_what_the_process_sees(tmp_path):
+    checkpoints = CheckpointManager(tmp_path)
+    first = checkpoints.begin(big_state(1.0), {}, CheckpointMeta(epoch=0, step=1))
+    checkpoints.prepare(big_state(1.0))  # as after a recovery that owed a checkpoint: it is under way already
+    checkpoints.finish(first)
+
+    second = checkpoints.finish(checkpoints.begin(big_state(2.0), {}, CheckpointMeta(epoch=0, step=2)))
+    checkpoints.close()
+
+    saved = load_file(tmp_path / second.name / "model.safetensors")
+    assert torch.equal(saved["w"], torch.full((2_000_000,), 2.0))
+
+
 def test_files_are_written_from_memory_with_their_checksums(tmp_path, process):
     process.submit(
         WriteFiles(
