@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,8 +24,10 @@ _NODE_PORTS = ("dashboard-agent-listen-port", "metrics-export-port")
 class Node:
     """One ``ray start --block`` and all processes that descend from it."""
 
-    def __init__(self, options: list[str], environment: Mapping[str, str], log: Path) -> None:
-        self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+    def __init__(
+        self, options: list[str], environment: Mapping[str, str], log: Path, prefix: Sequence[str] = ()
+    ) -> None:
+        self._command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
         self._environment = dict(environment)
         self.log = log
         self.start()

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from ray_trainer.cli import (
     checkpoints,
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with 143 through `SystemExit`.
     """
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse_args(others)
+    parser = _parser()
+    if not others:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    args = parser.parse_args(others)
     args.overrides = overrides
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -56,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--help with examples.\n\nexample:\n  ray-trainer train examples/digits.yaml training.epochs=2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ray-trainer {version('ray-trainer')}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (train, sweep, submit, status, report, checkpoints, export, config, plan, new, doctor):
         command.add_parser(subparsers)

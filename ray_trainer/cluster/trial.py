@@ -250,7 +250,7 @@ class _TrialWatch:
 
     def wish(self) -> Stop:
         """See `Watch`."""
-        return Stop.PREEMPTION if self.stop else Stop.NONE
+        return Stop.SIGTERM if self.stop else Stop.NONE  # after a preemption a run would go on elsewhere
 
     def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
         """See `Watch`."""
