@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -71,18 +71,26 @@ class Command:
         run_dir: of the run that it trains, or of the sweep.
     """
 
-    def __init__(self, run_file: Path, ray_temp_dir: str, log: IO[bytes], command: str = "train") -> None:
+    def __init__(
+        self,
+        run_file: Path,
+        ray_temp_dir: str,
+        log: IO[bytes],
+        command: str = "train",
+        prefix: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         cluster = yaml.safe_load(run_file.read_text())["cluster"]
         self.run_dir = Path(cluster["storage_path"], cluster["name"])
         hidden = ("RAY_ADDRESS", "PYTHONPATH")
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ray_trainer", command, str(run_file)],
+            [*prefix, sys.executable, "-m", "ray_trainer", command, str(run_file)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment | {"RAY_TMPDIR": ray_temp_dir},
+            env=environment | {"RAY_TMPDIR": ray_temp_dir} | dict(variables or {}),
             start_new_session=True,
         )
         self.seen: set[Identity] = set()
@@ -138,6 +146,11 @@ class Command:
 
         return self.until(found, f"the worker of rank {rank}")
 
+    def started_pids(self) -> list[int]:
+        """The processes of all ranks, wherever they are, of those that were started last."""
+        started = [row for row in whole_lines(self.run_dir / "events.jsonl") if row["event"] == "workers_started"]
+        return [int(pid) for pid in started[-1]["pids"]]
+
     def actor_pid(self, name: str) -> int:
         """The process of the only actor of a class."""
 
@@ -189,10 +202,12 @@ class Command:
 
 
 @contextmanager
-def training(run_file: Path, command: str = "train") -> Iterator[Command]:
+def training(
+    run_file: Path, command: str = "train", prefix: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[Command]:
     """``ray-trainer train RUN_FILE``, or another command, under way; nothing of it is alive afterwards."""
     with short_directory() as ray_temp_dir, tempfile.TemporaryFile() as log:
-        running = Command(run_file, ray_temp_dir, log, command)
+        running = Command(run_file, ray_temp_dir, log, command, prefix, variables)
         try:
             yield running
         finally:

@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine: a head and nodes as ``ray start`` makes them, each of which can be
 killed, and the head started again.
 
-What the head knows is kept in a RocksDB, so that one which is started again goes on where the other was.
+What the head knows is kept in a RocksDB, or with ``HEAD_MEMORY=redis`` in the environment by a Redis server (Debian's
+redis-server), so that one which is started again goes on where the other was.
 """
 
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -18,14 +19,17 @@ from cluster_runs import short_directory
 from ray_head import PATIENCE_S, PORTS, RayHead, end, free_ports, wait_until_up
 
 _HIDDEN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH", "RAY_AUTH_TOKEN_PATH")
+REDIS_PASSWORD = secrets.token_hex(16)
 _NODE_PORTS = ("dashboard-agent-listen-port", "metrics-export-port")
 
 
 class Node:
     """One ``ray start --block`` and all processes that descend from it."""
 
-    def __init__(self, options: list[str], environment: Mapping[str, str], log: Path) -> None:
-        self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+    def __init__(
+        self, options: list[str], environment: Mapping[str, str], log: Path, prefix: Sequence[str] = ()
+    ) -> None:
+        self._command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
         self._environment = dict(environment)
         self.log = log
         self.start()
@@ -63,7 +67,7 @@ class RayCluster:
         nodes: in the order in which they were added.
     """
 
-    def __init__(self, directory: Path, temp_dir: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, temp_dir: str, variables: Mapping[str, str], memory: Mapping[str, str]) -> None:
         self._directory = directory
         self._temp_dir = temp_dir
         ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
@@ -82,8 +86,9 @@ class RayCluster:
             f"--temp-dir={temp_dir}",
             *(f"--{name}={port}" for name, port in ports.items()),
         ]
-        memory = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(directory / "gcs")}
-        self._head_node = Node([*options, *_COMMON], environment | memory, directory / "head.log")
+        if "RAY_REDIS_ADDRESS" in memory:
+            options.append(f"--redis-password={REDIS_PASSWORD}")
+        self._head_node = Node([*options, *_COMMON], {**environment, **memory}, directory / "head.log")
         self.nodes: list[Node] = []
         self._wait()
 
@@ -143,6 +148,27 @@ def ray_cluster(variables: Mapping[str, str]) -> Iterator[RayCluster]:
     with ExitStack() as stack:
         temp_dir = stack.enter_context(short_directory())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cluster = RayCluster(directory, temp_dir, variables)
+        if os.environ.get("HEAD_MEMORY") == "redis":
+            memory = stack.enter_context(redis(directory))
+        else:
+            memory = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(directory / "gcs")}
+        cluster = RayCluster(directory, temp_dir, variables, memory)
         stack.callback(cluster.close)
         yield cluster
+
+
+@contextmanager
+def redis(directory: Path) -> Iterator[dict[str, str]]:
+    """A Redis server that outlives the head; what the head needs to know of it."""
+    (port,) = free_ports(1)
+    options = ["--port", str(port), "--dir", str(directory), "--requirepass", REDIS_PASSWORD, "--appendonly", "yes"]
+    with (directory / "redis.log").open("wb") as log:
+        server = subprocess.Popen(["redis-server", "--bind", "127.0.0.1", *options], stdout=log, stderr=log)
+    try:
+        yield {
+            "RAY_REDIS_ADDRESS": f"127.0.0.1:{port}",
+            "RAY_external_storage_namespace": "tests",
+        }
+    finally:
+        server.kill()
+        server.wait()

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from ray_trainer.cli import (
     chaos,
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
+    if not others:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
     args, unknown = parser.parse_known_args(others)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. Settings are written section.key=value.")
@@ -60,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--help with examples.\n\nexample:\n  ray-trainer train examples/digits.yaml training.epochs=2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ray-trainer {version('ray-trainer')}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (train, sweep, submit, status, report, chaos, checkpoints, export, config, plan, new, doctor):
         command.add_parser(subparsers)

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from ray_trainer.checkpoint import CheckpointRecord, list_checkpoints, verify
-from ray_trainer.checkpoint.catalog import checkpoint_names, is_checkpoint, open_storage
+from ray_trainer.checkpoint.catalog import checkpoint_names, is_checkpoint
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.output import print_json, print_table
+from ray_trainer.cli.places import open_run
 from ray_trainer.cluster.working_dir import readable_size
 from ray_trainer.errors import CheckpointNotFoundError, NewerFormatError
 from ray_trainer.report.units import readable_age
@@ -53,7 +54,7 @@ def run_list(args: argparse.Namespace) -> int:
     Raises:
         CheckpointNotFoundError: there is none.
     """
-    rows = checkpoint_rows(open_storage(args.run_dir))
+    rows = checkpoint_rows(open_run(args.run_dir))
     if args.json:
         print_json(rows)
         return 0
@@ -70,7 +71,7 @@ def run_verify(args: argparse.Namespace) -> int:
     Raises:
         CheckpointNotFoundError: there is none.
     """
-    place = open_storage(args.run_dir)
+    place = open_run(args.run_dir)
     run, names = (place, checkpoint_names(place))
     if is_checkpoint(place):
         parent, _, name = place.path.rstrip("/").rpartition("/")

@@ -4,6 +4,7 @@ import argparse
 
 from ray_trainer.checkpoint import export_weights
 from ray_trainer.cli.commands import Subparsers, add_command
+from ray_trainer.cli.places import open_run
 from ray_trainer.errors import ConfigError
 
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: a file cannot be read or written.
     """
     try:
+        open_run(args.source)
         export_weights(args.source, args.output, which="newest" if args.newest else "best")
     except OSError as error:
         raise ConfigError(f"{args.source} cannot be exported to {args.output!r}: {error}") from error

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import fmean
 
-from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.outlook import Outcome, Prospect, best_outcome, simulate
 from ray_trainer.cli.output import print_json, print_line, print_table
+from ray_trainer.cli.places import open_run
 from ray_trainer.errors import ConfigError
 from ray_trainer.metrics import read_events
 from ray_trainer.metrics.goodput import goodput
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(run_dir: str) -> dict[str, float]:
     """What the checkpoints of a run took, and its recoveries where it had any; means, in seconds."""
-    events = read_events(open_storage(run_dir))
+    events = read_events(open_run(run_dir))
     saved = [event for event in events if event["event"] == "checkpoint_saved"]
     if not saved:
         raise ConfigError(f"--like = {run_dir!r}: there is no checkpoint in the events of this run. Name another one.")

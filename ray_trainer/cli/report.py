@@ -4,8 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli.commands import Subparsers, add_command
+from ray_trainer.cli.places import open_run
 from ray_trainer.errors import ConfigError
 from ray_trainer.storage import Storage
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ray_trainer.report import read_run, render  # jinja2 is for this command alone
 
-    storage = open_storage(args.run_dir)
+    storage = open_run(args.run_dir)
     page = render(read_run(storage, time.time()))
     print(_write(page, storage, args.output))
     return 0

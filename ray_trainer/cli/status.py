@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ray_trainer.checkpoint import list_checkpoints
-from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli.checkpoints import best_and_newest
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.output import print_json, print_table
+from ray_trainer.cli.places import open_run
 from ray_trainer.config.documents import parse_value
 from ray_trainer.errors import ConfigError
 from ray_trainer.metrics import read_events, read_rows
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: there is no run.
     """
-    status = run_status(open_storage(args.run_dir), time.time())
+    status = run_status(open_run(args.run_dir), time.time())
     if args.json:
         print_json(status)
     else:

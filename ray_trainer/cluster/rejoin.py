@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import pickle
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -46,6 +47,8 @@ _ASK_EVERY_S = 0.05
 _SPARE_ASKS_EVERY_S = 0.1
 _ANSWERS_WITHIN_S = 30.0
 _TELLS_WITHIN_S = 5.0  # Ray's controller, which has more to do
+_LISTENS_EVERY_S = 1.0
+_NOTICES_WITHIN_S = 2.0  # where connections are closed a rank sees by itself, at the next collective, that one is gone
 _FORMS_WITHIN = timedelta(seconds=30)
 _ENDS_WITHIN_S = 300.0
 _APPEARS_WITHIN_S = 60.0  # a worker that has lost another one; what it does meanwhile may take a while
@@ -176,6 +179,7 @@ class _Member:
         self._number = 0  # of the newest generation that is known here
         self._cards: dict[int, Card] = {}  # of its members
         self._connections: set[Connection] = set()
+        self._left = threading.Event()
         self.memory = ProcessMemory(story={"is_new": True})
 
     def join(self) -> bytes | None:
@@ -192,6 +196,10 @@ class _Member:
                 self.leave()
             else:
                 self.memory.story["formed_at"] = time.time()
+                self._left = threading.Event()
+                threading.Thread(
+                    target=self._listen, args=(self._left,), name="ray-trainer-rejoin", daemon=True
+                ).start()
                 return None
 
     def notice(self, error: Exception) -> None:
@@ -202,11 +210,24 @@ class _Member:
 
     def leave(self) -> None:
         """Leave the process group, and let go of everything that belonged to it."""
+        self._left.set()
         hang_up(self._connections)
         self._connections = set()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
+
+    def _listen(self, left: threading.Event) -> None:
+        """Hang up once the others have gone on without a rank of this generation: nothing tells who waits for it.
+
+        A process that dies closes its connections; a machine that is cut off, or loses its power, does not.
+        """
+        number, connections = self._number, self._connections
+        while not left.wait(_LISTENS_EVERY_S):
+            if self._ask("is_over", number) and not left.wait(_NOTICES_WITHIN_S):
+                logger.warning("Rank %d waits for a rank that is lost, and hangs up.", self._rank)
+                hang_up(connections)
+                return
 
     def end(self, outcome: bytes) -> bytes | None:
         """Wait until all ranks are done; returns what the run came to, or None if one has died before."""

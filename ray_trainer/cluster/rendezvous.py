@@ -140,12 +140,14 @@ class Rendezvous:
         if self._outcome is None and len(self._ended) == self._num_ranks:
             self._outcome = self._ended[0]
         if self._outcome is None:
-            answer["is_broken"] = self._gathers() or any(
-                self._is_dead(card) for rank, card in self._members.items() if rank not in self._ended
-            )
+            answer["is_broken"] = self._is_broken()
         elif not self._present():
             answer["outcome"] = self._outcome
         return answer
+
+    def is_over(self, number: int) -> bool:
+        """Whether a generation has lost a rank, which those that wait for it may not notice."""
+        return self._number == number and self._outcome is None and self._is_broken()
 
     def outcome(self) -> bytes | None:
         """What the run has come to, once all ranks are done."""
@@ -200,6 +202,12 @@ class Rendezvous:
             return True
         present = {card["name"] for card in self._present()}
         return any(card["name"] in present or self._is_replaced(card) for card in self._members.values())
+
+    def _is_broken(self) -> bool:
+        """Whether a member has come for the next generation, or has died before it was done."""
+        return self._gathers() or any(
+            self._is_dead(card) for rank, card in self._members.items() if rank not in self._ended
+        )
 
     def _is_replaced(self, card: Card) -> bool:
         """Whether Ray has started another process in the place of this one."""

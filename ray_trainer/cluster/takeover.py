@@ -74,7 +74,8 @@ def offer(run: Storage, donor: str, checkpoint: str, exchange: Storage, units: i
     source = run.child(checkpoint)
     manifest = read_manifest(source)
     shelf = exchange.child(donor)
-    copy = shelf.child(f"step{manifest.step:08d}/{checkpoint}")
+    # by attempt first: a donor that takes over another one itself comes to the same steps again, with other weights
+    copy = shelf.child(f"attempt{manifest.attempt:06d}_step{manifest.step:08d}/{checkpoint}")
     if not copy.exists(MANIFEST):
         rows = [row for row in read_rows(run, _METRICS) if row.get("step", 0) <= manifest.step]
         copy.write(_METRICS, json.dumps(rows).encode())

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 UNITS = "units"
 POLL_INTERVAL_S = 0.5
 STOP_PATIENCE_S = 90.0  # for the step in progress and a checkpoint, before a trial's process is given up
+_FINISHED = {"ended": "finished", "reason": ""}
 
 
 class TrialDriver(Trainable):
@@ -114,23 +115,24 @@ class TrialRun:
         )
 
     def next_report(self) -> dict[str, Any]:
-        """Wait for the next checkpoint with the metric, or for the end of the run."""
+        """Wait for the next checkpoint with the metric, or for the end of the run.
+
+        The last report comes with the end: of a trial that has nothing left to train, no scheduler decides any more.
+        """
         for entry in self._history:
             return {**entry, "replayed": True}
         while True:
-            is_alive = self._thread is not None and self._thread.is_alive()  # first: what it leaves is there by then
-            report = self._take_report()
-            if report is not None:
-                return report
+            has_ended = self._thread is not None and not self._thread.is_alive()  # first: what it leaves is there then
+            record = self._next_record()
+            if record is not None and (len(self._found) > 1 or record.step < self._watch.newest_step):
+                return self._report(self._found.popleft())
             if self._watch.exchange():
                 self.close()
                 return {**self._known(), "interrupted": True}
             if self._thread is None and not self._begin():
-                return {**self._known(), "ended": "finished", "done": True}
-            if self._thread is not None and not is_alive and self._end:
-                if isinstance(self._end, BaseException):
-                    raise self._end
-                return {**self._known(), **self._end, "done": True}
+                has_ended, self._end = True, _FINISHED
+            if has_ended:
+                return self._last_report(record)
             if self._thread is not None:
                 self._thread.join(timeout=POLL_INTERVAL_S)
 
@@ -176,7 +178,7 @@ class TrialRun:
             training, cluster, model = self._job.configure(self._name, self._settings)
             start_from = None if self._note is None else self._note.offer.place
             fit_watched(self._job.experiment, training, cluster, model, nullcontext(self._watch), start_from)
-            self._end = {"ended": "finished", "reason": ""}
+            self._end = _FINISHED
         except SystemExit:
             self._end = {"ended": "stopped", "reason": "stopped from outside"}
         except RayTrainerError as error:
@@ -187,34 +189,43 @@ class TrialRun:
         finally:
             self._watch.has_saved.set()
 
-    def _take_report(self) -> dict[str, Any] | None:
-        """The next checkpoint with the metric that is not reported yet, if there is one.
+    def _next_record(self) -> CheckpointRecord | None:
+        """The next checkpoint with the metric that is not reported yet, if there is one; it stays in its place.
 
         The run tells that there is something to look at, storage tells what: what a worker had to say when it was
         killed may be lost.
         """
-        metric = self._job.metric
-        if not self._found and self._watch.has_saved.is_set():
+        if self._watch.has_saved.is_set():
             self._watch.has_saved.clear()
-            self._found.extend(list_checkpoints(self._run))
-        while self._found:
-            record = self._found.popleft()
-            if record.step <= self._reported_step or metric not in record.metrics:
-                continue
-            self._reported_step = record.step
-            self._last = {
-                metric: record.metrics[metric],
-                UNITS: record.step if self._job.counts_steps else record.epoch + 1,
-                "step": record.step,
-                "epoch": record.epoch,
-                "checkpoint": record.name,
-                "settings": self._settings,
-            }
-            if math.isfinite(record.metrics[metric]):
-                return self._last
-            reason = f"{metric} is {record.metrics[metric]} at step {record.step}"
-            return {**self._last, "done": True, "ended": "stopped", "reason": reason}
-        return None
+            newest = max((record.step for record in self._found), default=self._reported_step)
+            self._found.extend(record for record in list_checkpoints(self._run) if record.step > newest)
+        while self._found and (
+            self._found[0].step <= self._reported_step or self._job.metric not in self._found[0].metrics
+        ):
+            self._found.popleft()
+        return self._found[0] if self._found else None
+
+    def _report(self, record: CheckpointRecord) -> dict[str, Any]:
+        value = record.metrics[self._job.metric]
+        self._reported_step = record.step
+        self._last = {
+            self._job.metric: value,
+            UNITS: record.step if self._job.counts_steps else record.epoch + 1,
+            "step": record.step,
+            "epoch": record.epoch,
+            "checkpoint": record.name,
+            "settings": self._settings,
+        }
+        if math.isfinite(value):
+            return self._last
+        reason = f"{self._job.metric} is {value} at step {record.step}"
+        return {**self._last, "done": True, "ended": "stopped", "reason": reason}
+
+    def _last_report(self, record: CheckpointRecord | None) -> dict[str, Any]:
+        if isinstance(self._end, BaseException):
+            raise self._end
+        report = self._known() if record is None else self._report(record)
+        return {**self._end, "done": True, **report}
 
 
 def is_finished(run: Storage) -> bool:
@@ -233,17 +244,19 @@ class _TrialWatch:
         self._lock = threading.Lock()
         self._events: list[dict[str, Any]] = []
         self._progress: dict[str, Any] = {}
+        self.newest_step = 0
         self.has_saved = threading.Event()
         self.stop = False
 
     def wish(self) -> Stop:
         """See `Watch`."""
-        return Stop.PREEMPTION if self.stop else Stop.NONE
+        return Stop.SIGTERM if self.stop else Stop.NONE  # after a preemption a run would go on elsewhere
 
     def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
         """See `Watch`."""
         with self._lock:
             self._progress = dict(progress)
+            self.newest_step = max(self.newest_step, int(progress.get("step", 0)))
             for event in events:
                 if event["event"] == "checkpoint_saved":
                     self.has_saved.set()

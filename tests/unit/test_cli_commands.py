@@ -4,6 +4,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -44,6 +45,17 @@ def test_help_ends_with_examples_that_can_be_given(name):
         assert words[0] == "ray-trainer"
         _parser().parse_args(split_overrides(words[1:])[0])
     assert any(line.startswith(f"ray-trainer {name}") or f"(ray-trainer {name}" in line for line in lines)
+
+
+def test_program_without_a_command_shows_what_there_is(capsys):
+    assert main([]) == 2
+    assert "submit" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.split() == ["ray-trainer", version("ray-trainer")]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

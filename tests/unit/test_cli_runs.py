@@ -120,6 +120,16 @@ def test_place_without_a_run_is_wrong_usage(tmp_path, capsys, command):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command", [("checkpoints", "list"), ("checkpoints", "verify"), ("status",), ("report",), ("export", "--output=x")]
+)
+def test_directory_of_a_sweep_is_no_run_and_its_best_trial_is_named(tmp_path, capsys, command):
+    (tmp_path / "sweep.json").write_text('{"best": "trial_0007"}')
+
+    assert main([*command, str(tmp_path)]) == 2
+    assert f"{tmp_path}/trials/trial_0007" in capsys.readouterr().err
+
+
 def test_status_of_a_finished_run_agrees_with_its_files(run_dir, capsys):
     code, text = call(capsys, "status", str(run_dir), "--json")
     status = json.loads(text)

@@ -1,17 +1,20 @@
-"""Command lines in the README and in the examples: they can be given as they stand."""
+"""Command lines in the README, in the examples and in `--help`: they can be given as they stand."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from test_cli_commands import COMMANDS, examples
 
 from ray_trainer.cli import _parser
+from ray_trainer.cli.runfile import load_run_file
 from ray_trainer.config.overrides import split_overrides
 
 ROOT = Path(__file__).parents[2]
-COMMAND = re.compile(r"(?:^|/| |`)(ray-trainer [a-z][^`&|\n]*)")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.*"))]
+COMMAND = re.compile(r"(?:^|/| |`)(ray-trainer [a-z][^`&|#\n]*)")
+PAGES = [ROOT / "README.md", ROOT / "cluster/README.md", *sorted((ROOT / "examples").glob("*.*"))]
+FILES = re.compile(r"\b(?:cluster|examples|tests)/[\w./-]*\w\.(?:ya?ml|py|sbatch|sh|txt|json)")
 
 
 def command_lines(page: Path) -> list[str]:
@@ -22,13 +25,30 @@ def command_lines(page: Path) -> list[str]:
     return COMMAND.findall(text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def assert_can_be_given(line: str) -> None:
+    """Its options are known, its run file is there, and what it changes in it is right."""
+    others, overrides = split_overrides(shlex.split(line)[1:])
+    run_file = vars(_parser().parse_args(others)).get("run_file")
+    if run_file is not None and run_file.parts[0] == "examples":
+        load_run_file(ROOT / run_file, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_command_lines_can_be_given(page):
     for line in command_lines(page):
-        words = shlex.split(line)
-        arguments = vars(_parser().parse_args(split_overrides(words[1:])[0]))
-        if "run_file" in arguments:
-            assert (ROOT / arguments["run_file"]).is_file(), line
+        assert_can_be_given(line)
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if examples(command)])
+def test_examples_of_a_help_page_can_be_given(name):
+    for line in examples(COMMANDS[name]):
+        if line.startswith("ray-trainer"):
+            assert_can_be_given(line.partition(" > ")[0])
+
+
+@pytest.mark.parametrize("page", ["README.md", "cluster/README.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_are_there(page):
+    assert [name for name in FILES.findall((ROOT / page).read_text()) if not (ROOT / name).exists()] == []
 
 
 def test_readme_has_commands_in_blocks():

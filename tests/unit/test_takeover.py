@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from experiments import Outcome, assert_same, carry_out, checkpoints, events, metric_rows, prepare, run
 
+from ray_trainer import load_weights
 from ray_trainer.cluster.takeover import Note, Offer, offer, same_decision, take_over
 from ray_trainer.cluster.trial import is_finished
 from ray_trainer.storage import Storage
@@ -85,7 +86,23 @@ def test_donor_keeps_its_three_newest_copies(trials):
 
     kept = exchange(trials).child("donor").list()
     assert len(kept) == 3
-    assert kept[-1] == f"step{int(checkpoints(trials / 'donor')[-1][-8:]):08d}"
+    assert kept[-1].endswith(checkpoints(trials / "donor")[-1][-13:])
+
+
+def test_donor_that_took_over_another_one_offers_its_new_weights_also_at_steps_where_it_has_been(trials):
+    taker = Storage.open(trials / "taker")
+    run(trials / "taker", epochs=4)
+    before = [offer(taker, "taker", name, exchange(trials), units=1) for name in checkpoints(trials / "taker")][-3:]
+    at_first = load_weights(before[0].place)
+    note = take_over(taker, Note(first_offer(trials), SETTINGS))
+    go_on(trials / "taker", note.offer.place)
+
+    anew = offer(taker, "taker", checkpoints(trials / "taker")[0], exchange(trials), units=2)
+
+    assert anew.step == before[0].step
+    bias = "layers.0.bias"
+    assert_same(load_weights(anew.place), load_weights(trials / "taker" / checkpoints(trials / "taker")[0]))
+    assert not load_weights(anew.place)[bias].equal(at_first[bias])
 
 
 def test_offer_is_taken_once_for_the_same_settings_and_again_for_others(trials):
