@@ -220,28 +220,34 @@ def pss_bytes() -> int:
     return total
 
 
-def measure_memory(training: Training, directory: Path) -> None:
-    """Print the peak of memory beyond training."""
-    for _ in range(3):
-        training.step()
-    base, peak, is_over = pss_bytes(), 0, threading.Event()
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """How much memory this process and its children take at most while something is done."""
+    peak, is_over = 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not is_over.is_set():
+        while not is_over.wait(0.02):
             peak = max(peak, pss_bytes())
-            time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    way = Ours(directory)
-    for _ in range(3):
-        round_s(training, way, SAVE_AT + 3)
+    action()
     is_over.set()
     watcher.join()
+    return peak
+
+
+def measure_memory(training: Training, directory: Path) -> None:
+    """Print how much more memory training takes at its peak where it saves."""
+    steps = SAVE_AT + 3
+    alone = peak_bytes(lambda: [round_s(training, None, steps) for _ in range(3)])
+    way = Ours(directory)
+    saving = peak_bytes(lambda: [round_s(training, way, steps) for _ in range(3)])
     size = sum(tensor.numel() * tensor.element_size() for tensor in training.tensors())
-    print(f"state {size / 1e6:.0f} MB; checkpoints add {(peak - base) / 1e6:.0f} MB at most: one snapshot and ", end="")
-    print(f"{(peak - base - size) / 1e6:.0f} MB")
+    print(
+        f"state {size / 1e6:.0f} MB; checkpoints add {(saving - alone) / 1e6:.0f} MB at most: one snapshot and ", end=""
+    )
+    print(f"{(saving - alone - size) / 1e6:.0f} MB")
 
 
 def main() -> None:
