@@ -63,7 +63,7 @@ class DataFiles:
             return index_ray_dataset(self.dataset(), policy=policy)
         except (DataError, OSError, pa.ArrowException) as error:
             names = list(self._names())
-            bad = self._bad_files(names)
+            bad = self._bad_files(names) if names else {}
             if not bad:
                 raise
             left_out = LeftOut(0, len(bad), dict(Counter(bad.values())), _places(bad))

@@ -214,7 +214,11 @@ def _portable(data: Any, policy: BadDataPolicy) -> Any:
     """The dataset in a form that every worker can open: an index of blocks, or a reference."""
     if not isinstance(data, ray.data.Dataset | DataFiles):
         return ray.put(data)
-    blocks = data.index(policy) if isinstance(data, DataFiles) else index_ray_dataset(data, policy=policy)
+    if isinstance(data, DataFiles):
+        with users_code("build_datasets"):
+            blocks = data.index(policy)
+    else:
+        blocks = index_ray_dataset(data, policy=policy)
     checked(blocks, policy)  # told before workers are started; they leave the same rows out
     return blocks
 
