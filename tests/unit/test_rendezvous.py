@@ -232,3 +232,23 @@ def test_newcomer_that_dies_while_it_is_waited_for_is_missed():
     (missed,) = workers.rendezvous.bury([1]).values()
 
     assert missed is not None
+
+
+def test_generation_is_over_once_a_member_is_dead_or_replaced_and_not_when_all_are_done():
+    workers = Workers(2)
+    workers.ask("1a", "0a")
+    over = workers.rendezvous.is_over
+    assert not over(1)
+
+    workers.dead.add("1a")
+    assert over(1)
+    workers.dead.clear()
+    workers.ask("1b")  # Ray knows that the node is lost, and the survivor does not
+    assert over(1)
+    assert not over(0)  # of another one
+
+    workers.ask("0a", "1b")
+    assert not over(2)
+    workers.end("0a", "1b")
+    workers.dead.add("0a")
+    assert not over(2)
