@@ -58,7 +58,8 @@ def open_rendezvous(num_ranks: int, num_spares: int) -> ActorHandle:
     """Start a `Rendezvous`; it lives as long as this driver has the handle."""
     ray.cloudpickle.register_pickle_by_value(rendezvous)  # see there
     try:
-        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(rendezvous.Rendezvous)
+        options = {"num_cpus": 0, "max_restarts": -1, "enable_task_events": False}  # it is asked again and again
+        actor = ray.remote(scheduling_strategy=beside_driver(), **options)(rendezvous.Rendezvous)
         return actor.remote(num_ranks, num_ranks + num_spares)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(rendezvous)
