@@ -68,9 +68,11 @@ class ReplacementGuard(WorkerGroupCallback):
         replace = worker_group.replace_replica_group
 
         def replace_guarded(index: int) -> None:
-            if not _has_room(worker_group):
-                self._tell("waiting_for_room", reason=_NO_ROOM)
+            is_told = False
             for attempt in range(1, _ATTEMPTS + 1):
+                if not is_told and not _has_room(worker_group):  # which Ray may learn by an attempt only
+                    is_told = True
+                    self._tell("waiting_for_room", reason=_NO_ROOM)
                 for place, group in enumerate(worker_group.get_replica_groups()):
                     if place != index and group.is_active() and not all(map(_answers, group.get_workers())):
                         group.shutdown()  # it is replaced in its turn, once Ray has seen that it failed
