@@ -20,6 +20,7 @@ from ray_head import PATIENCE_S, PORTS, RayHead, end, free_ports, wait_until_up
 
 _HIDDEN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH", "RAY_AUTH_TOKEN_PATH")
 REDIS_PASSWORD = secrets.token_hex(16)
+_GAVE_UP = "The current node timed out during startup"
 _NODE_PORTS = ("dashboard-agent-listen-port", "metrics-export-port")
 
 
@@ -49,8 +50,10 @@ class Node:
     def wait(self) -> None:
         """Until it has joined."""
         deadline = time.monotonic() + PATIENCE_S
-        while "will now block" not in self.log.read_text():
-            assert self.process.poll() is None, f"ray start ended:\n{self.log.read_text()}"
+        while "will now block" not in (told := self.log.read_text()):
+            if self.process.poll() is not None:
+                assert told.count(_GAVE_UP) in (1, 2), f"ray start ended:\n{told}"
+                self.start()  # Ray gives a raylet 30 s, which is little on a machine that does much else
             assert time.monotonic() < deadline, f"the node did not come up:\n{self.log.read_text()}"
             time.sleep(0.1)
 
