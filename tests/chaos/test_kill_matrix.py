@@ -18,8 +18,8 @@ CELLS = [
 
 
 def test_deaths_in_phases_that_are_hard_to_hit_change_no_bit_and_no_sample(tmp_path: Path) -> None:
-    whole = Run(tmp_path / "whole", epochs=30).undisturbed()
-    struck = Run(tmp_path / "struck", epochs=30)
+    whole = Run(tmp_path / "whole", epochs=12).undisturbed()
+    struck = Run(tmp_path / "struck", epochs=12)
 
     deaths = list(struck.struck(CELLS))
 
