@@ -214,6 +214,7 @@ class Saver:
         self.saved_at_s = self._progress.elapsed_s
         self._backoff.begin()
         self._owes = True
+        self._audience.journal.flush()  # rows up to here do not come again, where a run goes on from this checkpoint
         commit = self._manager.begin(self._state.state_dict(), self._rank_state(), meta)
         self._saved = self._mark()
         self._pending = _Pending(commit, meta.metrics)

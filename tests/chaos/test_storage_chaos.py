@@ -160,6 +160,20 @@ def test_object_store_that_fails_for_20_s_costs_time_and_nothing_else(s3_server,
     assert [problem for record in list_checkpoints(run) for problem in verify(run, record.name)] == []
 
 
+def test_rows_up_to_a_checkpoint_are_on_the_object_store_before_it(s3_server):
+    run = Storage.open(f"s3://{s3_server.new_bucket()}/run")
+    gaps: list[set[int]] = []
+
+    def look() -> None:
+        rows = {row["step"] for row in read_rows(run, "metrics.jsonl") if row["split"] == "train"}
+        saved = [record.step for record in list_checkpoints(run)]
+        gaps.append(set(range(1, max(saved, default=0) + 1)) - rows)
+
+    train(run.uri, dict.fromkeys(range(5, STEPS), look), save_every_n_steps=2)
+
+    assert gaps == [set()] * (STEPS - 5)
+
+
 def test_object_store_that_takes_its_time_is_waited_for(s3_server, undisturbed):
     run = Storage.open(f"s3://{s3_server.new_bucket()}/run")
 
