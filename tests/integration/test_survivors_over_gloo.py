@@ -23,12 +23,13 @@ CARRIED = Carried(rows=(), saved_step=-1, saved_at_s=0.0, owes_save=False)
 
 def lose_rank_1(run_dir: Path) -> Any:
     """Rank 0 trains with it, rank 2 waits for rank 0; returns what the survivors saw, and have afterwards."""
-    before = open_connections()
+    rank = dist.get_rank()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=50))
+    before = open_connections()
+    meeting = dist.FileStore(str(run_dir) + ".meeting", 3)  # at the old address somebody might meet the old store
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=3, timeout=timedelta(seconds=50))
     connections = connections_between_ranks(before)
     model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
-    rank = dist.get_rank()
     memory = ProcessMemory()
     step = 4 + rank  # as if rank 0 had not seen the end of the last exchange
     state = {"model": {"w": torch.full((3,), float(step))}, "hooks": {"of": rank}}
