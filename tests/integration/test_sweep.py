@@ -27,7 +27,7 @@ from ray_trainer.cluster.trial import TrialRun
 from ray_trainer.errors import ConfigError
 from ray_trainer.seeding import set_random_seed
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 for module in (sys.modules[__name__], experiments):
     ray.cloudpickle.register_pickle_by_value(module)  # processes of Ray cannot import a test
