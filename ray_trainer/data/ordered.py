@@ -1,5 +1,6 @@
 """Steps of a dataset with random access: exact from any position, with any number of ranks."""
 
+import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +18,9 @@ from ray_trainer.data.description import DataDescription
 from ray_trainer.data.indexed import IndexedDataset, origin_of
 from ray_trainer.data.order import Indices, SampleOrder
 from ray_trainer.data.quarantine import LeftOut, bad_rows_of
-from ray_trainer.errors import DataError
 from ray_trainer.seeding import create_seeded_generator
+
+logger = logging.getLogger(__name__)
 
 
 class OrderedSource:
@@ -108,7 +110,8 @@ class OrderedSource:
             for indices in self.samples_at(epoch, step_in_epoch, rank, world_size):
                 try:
                     batch = self._dataset.fetch(indices, epoch)
-                except DataError:  # it cannot be read twice, and this is no time to end for it
+                except Exception as error:  # one rank alone looks for an explanation, and must not end for want of it
+                    logger.debug("Samples of epoch %d could not be read again: %s", epoch, error)
                     continue
                 rows = origin_of(self._dataset, indices)
                 for name, column in batch.items() if isinstance(batch, dict) else enumerate(batch):

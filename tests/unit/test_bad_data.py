@@ -173,3 +173,14 @@ def test_skipped_step_names_the_samples_that_are_to_blame(tmp_path, caplog, held
     told = [place for event in events(tmp_path, "step_skipped") for place in event["bad_samples"]]
     assert sorted(told) == ["row 14: infinity in column '0'", "row 5: NaN in column '0'"]
     assert all(place in caplog.text for place in told)
+
+
+def test_samples_that_can_not_be_read_again_do_not_end_the_run_that_wants_an_explanation():
+    class Gone(TensorReader):
+        def fetch(self, indices, epoch):
+            raise OSError("the disk is away")
+
+    data = numbered(12, at_3=math.nan)
+
+    assert build_source(Gone(data.tensors), BatchPlan(4, 12)).bad_samples(0, 0, world_size=1) == []
+    assert build_source(TensorReader(data.tensors), BatchPlan(4, 12)).bad_samples(0, 0, world_size=1) != []
