@@ -14,8 +14,11 @@ EXCHANGE_INTERVAL_S = 0.5
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:
-    """Where an actor goes that must not be lost with the head, on which Ray by itself puts what needs no CPU."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """Where an actor goes that must not be lost with another node: it ends with the driver anyway.
+
+    A soft affinity would not do: what needs no CPU is then put on any node (Ray 2.60).
+    """
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def open_link() -> ActorHandle:

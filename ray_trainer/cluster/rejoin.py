@@ -225,7 +225,7 @@ class _Member:
         """
         number, connections = self._number, self._connections
         while not left.wait(_LISTENS_EVERY_S):
-            if self._ask("is_over", number) and not left.wait(_NOTICES_WITHIN_S):
+            if self._ask("is_over", number).get("is_over") and not left.wait(_NOTICES_WITHIN_S):
                 logger.warning("Rank %d waits for a rank that is lost, and hangs up.", self._rank)
                 hang_up(connections)
                 return

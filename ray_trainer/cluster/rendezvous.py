@@ -145,9 +145,14 @@ class Rendezvous:
             answer["outcome"] = self._outcome
         return answer
 
-    def is_over(self, number: int) -> bool:
-        """Whether a generation has lost a rank, which those that wait for it may not notice."""
-        return self._number == number and self._outcome is None and self._is_broken()
+    def is_over(self, number: int) -> dict[str, Any]:
+        """Say whether a generation has lost a rank, which those that wait for it may not notice.
+
+        Returns:
+            ``number`` as in `join`, ``is_over``.
+        """
+        is_over = self._number == number and self._outcome is None and self._is_broken()
+        return {"number": self._number, "is_over": is_over}
 
     def outcome(self) -> bytes | None:
         """What the run has come to, once all ranks are done."""

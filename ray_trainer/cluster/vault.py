@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_trainer.cluster.link import beside_driver
 from ray_trainer.storage.snapshots import SnapshotPart
 
 _ANSWERS_WITHIN_S = 30.0
@@ -58,7 +59,7 @@ def open_keeper() -> ActorHandle:
                 self._vault = None
             if self._vault is None:
                 others = [other["NodeID"] for other in ray.nodes() if other["Alive"] and other["NodeID"] != node]
-                place = NodeAffinitySchedulingStrategy(node_id=(others or [node])[0], soft=True)
+                place = NodeAffinitySchedulingStrategy(node_id=(others or [node])[0], soft=False)
                 self._vault = ray.remote(num_cpus=0, scheduling_strategy=place)(Vault).remote()
             return self._vault
 
@@ -69,7 +70,7 @@ def open_keeper() -> ActorHandle:
                 return True
             return False
 
-    return ray.remote(num_cpus=0, max_restarts=-1)(Keeper).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver())(Keeper).remote()
 
 
 class RayVault:

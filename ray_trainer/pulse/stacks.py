@@ -66,32 +66,34 @@ class StackFile:
         self._descriptor = descriptor
         self._signal = number
 
-    def take(self) -> str:
-        """The stacks of all threads now; empty if the process does not write them."""
+    def take(self, thread: int) -> str:
+        """The stacks of all threads now, with that of ``thread``; empty if the process does not write them."""
         os.ftruncate(self._descriptor, 0)
         os.kill(self._pid, self._signal)
-        return self._written(look_every_s=0.05)
+        return self._written(thread, look_every_s=0.05)
 
-    def take_stopped(self) -> str:
+    def take_stopped(self, thread: int) -> str:
         """As `take`, of a process that was stopped: it runs for the few milliseconds that this takes."""
         os.ftruncate(self._descriptor, 0)
         os.kill(self._pid, self._signal)  # handled before anything else, once it runs
         os.kill(self._pid, signal.SIGCONT)
         try:
-            return self._written(look_every_s=0.003)
+            return self._written(thread, look_every_s=0.003)
         finally:
             os.kill(self._pid, signal.SIGSTOP)
 
-    def _written(self, look_every_s: float) -> str:
-        """What is in the file once it does not grow any more."""
+    def _written(self, thread: int, look_every_s: float) -> str:
+        """What is in the file once it does not grow any more; a busy machine may hold up who writes it."""
         size, until = 0, time.monotonic() + _WRITTEN_WITHIN_S
+        text = ""
         while time.monotonic() < until:
             time.sleep(look_every_s)
             written = os.fstat(self._descriptor).st_size
-            if written and written == size:
+            if written and written == size and frames_of(text, thread):
                 break
             size = written
-        return os.pread(self._descriptor, size, 0).decode(errors="replace")
+            text = os.pread(self._descriptor, size, 0).decode(errors="replace")
+        return text
 
 
 def frames_of(text: str, thread: int) -> tuple[Frame, ...]:

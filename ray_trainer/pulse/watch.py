@@ -104,8 +104,8 @@ class Watch:
     def stacks(self) -> str | None:
         """The worker's stacks now; None if it gave a sign of life meanwhile, without having been stopped."""
         if state_of(self._pid) == "T":
-            return self._stacks.take_stopped()
-        text = self._stacks.take()
+            return self._stacks.take_stopped(self.thread)
+        text = self._stacks.take(self.thread)
         return text if self._board.read().beats == self._now.reading.beats else None
 
     def is_still(self) -> bool:
@@ -133,7 +133,7 @@ class Watch:
         now = self._now
         if now.reading.phase is Phase.EXCHANGE:
             return self._ask()
-        frames = frames_of(self._stacks.take(), now.reading.thread)
+        frames = frames_of(self._stacks.take(self.thread), self.thread)
         if frames == now.frames:
             now.same_s += elapsed_s
         else:

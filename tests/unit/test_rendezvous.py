@@ -237,7 +237,10 @@ def test_newcomer_that_dies_while_it_is_waited_for_is_missed():
 def test_generation_is_over_once_a_member_is_dead_or_replaced_and_not_when_all_are_done():
     workers = Workers(2)
     workers.ask("1a", "0a")
-    over = workers.rendezvous.is_over
+
+    def over(number: int) -> bool:
+        return workers.rendezvous.is_over(number)["is_over"]
+
     assert not over(1)
 
     workers.dead.add("1a")
@@ -252,3 +255,16 @@ def test_generation_is_over_once_a_member_is_dead_or_replaced_and_not_when_all_a
     workers.end("0a", "1b")
     workers.dead.add("0a")
     assert not over(2)
+
+
+def test_meeting_point_that_starts_anew_while_all_train_learns_from_who_listens_that_one_was_replaced():
+    workers = Workers(2)
+    workers.ask("0a", "1a")
+    number, members = workers.known["0a"]
+    workers.start_rendezvous()
+    workers.dead.add("1a")
+    workers.ask("1b")
+
+    assert workers.rendezvous.is_over(number) == {"number": 0, "is_over": False}  # so that the caller tells it
+    workers.rendezvous.remember(number, members)
+    assert workers.rendezvous.is_over(number) == {"number": number, "is_over": True}
