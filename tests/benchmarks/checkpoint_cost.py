@@ -3,8 +3,9 @@
 Run it with ``python tests/benchmarks/checkpoint_cost.py``. A stack of linear layers with AdamW is trained by a loop
 that is the same for all; each way saves once in a round of steps, a round without a checkpoint comes in between, and
 the order changes from round to round. Printed are medians: the *stall*, for which the call stopped the loop, as a
-multiple of one warm memcpy of the same bytes made right before; and the *extra* time of the whole round, until the
-checkpoint is durable or the round ends, whichever is later.
+multiple of one warm memcpy of the same bytes made right before, by the clock and in CPU time (which does not count what
+a shared machine takes away); and the *extra* time of the whole round, until the checkpoint is durable or the round
+ends, whichever is later.
 
 All four sync what they write: DCP's writer each file and its metadata (``sync_files``, its default), ``torch.save``
 its one file here. Ours besides syncs the directory, computes the checksum of every file, writes the manifest and
@@ -23,8 +24,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -139,28 +141,38 @@ class DcpAsync(Way):
         self.future.result()
 
 
-def memcpy_s(tensors: list[Tensor], target: Tensor) -> float:
-    """One copy of all tensors into memory that was touched before, seconds."""
-    started = time.perf_counter()
+class Duration(NamedTuple):
+    """Seconds."""
+
+    wall: float
+    cpu: float
+
+
+def duration(action: Callable[[], Any]) -> Duration:
+    """How long something takes this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return Duration(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def memcpy(tensors: list[Tensor], target: Tensor) -> None:
+    """One copy of all tensors into memory that was touched before."""
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.numel() * tensor.element_size()
         target[begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return time.perf_counter() - started
 
 
-def round_s(training: Training, way: Way | None, steps: int) -> tuple[float, float]:
-    """Stall and wall time of a round, seconds."""
-    stall = 0.0
+def round_s(training: Training, way: Way | None, steps: int) -> tuple[Duration, float]:
+    """Stall and wall time of a round."""
+    stall = Duration(0.0, 0.0)
     started = time.perf_counter()
     for number in range(steps):
         training.step()
         if way is None:
             continue
         if number == SAVE_AT:
-            before = time.perf_counter()
-            way.begin(training)
-            stall = time.perf_counter() - before
+            stall = duration(partial(way.begin, training))
         elif number > SAVE_AT:
             way.poll()
     if way is not None:
@@ -182,7 +194,7 @@ def compare(training: Training, rounds: int, steps: int, directory: Path) -> Non
     target = torch.zeros(size, dtype=torch.uint8)
     for way in ways.values():  # memory is touched, processes are started
         round_s(training, way, steps)
-    stalls: dict[str, list[float]] = {name: [] for name in names}
+    stalls: dict[str, list[Duration]] = {name: [] for name in names}
     extras: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         order = names[number % len(names) :] + names[: number % len(names)]
@@ -190,18 +202,21 @@ def compare(training: Training, rounds: int, steps: int, directory: Path) -> Non
             for old in directory.glob("*/tmp*"):
                 shutil.rmtree(old)
             with torch.no_grad():
-                copy_s = min(memcpy_s(tensors, target) for _ in range(3))
+                copies = [duration(partial(memcpy, tensors, target)) for _ in range(3)]
             _, before = round_s(training, None, steps)
             stall, wall = round_s(training, ways[name], steps)
             _, after = round_s(training, None, steps)
-            stalls[name].append(stall / copy_s)
+            stalls[name].append(
+                Duration(*(took / min(of) for took, of in zip(stall, zip(*copies, strict=True), strict=True)))
+            )
             extras[name].append(wall - (before + after) / 2)
     reference = statistics.median(extras["DCP async_save"])
     print(f"{size / 1e6:.0f} MB of state, {rounds} rounds of {steps} steps, {torch.get_num_threads()} threads")
     for name in names:
         extra = statistics.median(extras[name])
+        wall, cpu = map(statistics.median, zip(*stalls[name], strict=True))
         print(
-            f"{name:15}  stall {statistics.median(stalls[name]):6.2f} x memcpy"
+            f"{name:15}  stall {wall:6.2f} x memcpy, {cpu:6.2f} in CPU time"
             f"   extra {extra:6.2f} s = {extra / reference:5.2f} x DCP async_save"
         )
 
