@@ -22,7 +22,13 @@ from ray_trainer.cli import (
     train,
 )
 from ray_trainer.config.overrides import split_overrides
-from ray_trainer.errors import CheckpointNotFoundError, ConfigError, DataError, RayTrainerError
+from ray_trainer.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    DataError,
+    RayTrainerError,
+    StateMismatchError,
+)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -31,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done; 1 the run failed; 2 wrong usage, configuration or data; 130 interrupted. SIGTERM ends the program
-        with 143 through `SystemExit`.
+        0 done; 1 the run failed; 2 wrong usage, configuration or data, or such that the checkpoint can't go on with
+        them; 130 interrupted. SIGTERM ends the program with 143 through `SystemExit`.
     """
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
@@ -46,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(args.run(args))
-    except (ConfigError, DataError, CheckpointNotFoundError) as error:
+    except (ConfigError, DataError, CheckpointNotFoundError, StateMismatchError) as error:
         print(f"ray-trainer: {error}", file=sys.stderr)
         return EXIT_USAGE
     except (RayTrainerError, OSError) as error:

@@ -9,10 +9,19 @@ from importlib.metadata import version
 import pytest
 
 from ray_trainer import Experiment
-from ray_trainer.cli import _parser, main
+from ray_trainer.cli import _parser, main, plan
 from ray_trainer.cli.experiment import load_experiment
 from ray_trainer.cli.runfile import load_run_file
 from ray_trainer.config.overrides import split_overrides
+from ray_trainer.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    ConfigError,
+    DataError,
+    LeaseHeldError,
+    RunError,
+    StateMismatchError,
+)
 
 
 def commands(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
@@ -100,6 +109,33 @@ def test_setting_without_a_value_is_told_how_settings_are_written(capsys):
 
     assert caught.value.code == 2
     assert "training.epochs. Settings are written section.key=value." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("no"), 2),
+        (DataError("no"), 2),
+        (StateMismatchError("no"), 2),
+        (CheckpointNotFoundError("no"), 2),
+        (RunError("no"), 1),
+        (CheckpointCorruptError("no"), 1),
+        (LeaseHeldError("no"), 1),
+        (OSError("no"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_error_that_the_user_can_settle_in_the_run_file_ends_with_2_and_a_failed_run_with_1(
+    error, code, capsys, monkeypatch
+):
+    def fail(args: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(plan, "run", fail)
+
+    assert main(["plan", "--nodes", "1", "--node-mtbf-days", "1"]) == code
+    assert ("ray-trainer: no" in capsys.readouterr().err) == (code != 130)
 
 
 def test_new_overwrites_nothing(tmp_path, capsys):
