@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ray_trainer.checkpoint import list_checkpoints
 from ray_trainer.cli.checkpoints import best_and_newest
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.output import print_json, print_table
 from ray_trainer.cli.places import open_run
-from ray_trainer.config.documents import parse_value
 from ray_trainer.errors import ConfigError
-from ray_trainer.metrics import read_events, read_rows
-from ray_trainer.metrics.goodput import goodput
-from ray_trainer.report.standing import run_state
+from ray_trainer.report.data import RunData, finite, read_run
 from ray_trainer.report.units import readable_age
 from ray_trainer.storage import Storage
 
@@ -58,43 +54,40 @@ def run_status(run: Storage, now: float) -> Row:
     Raises:
         ConfigError: there is no run.
     """
-    events, rows = read_events(run), read_rows(run, "metrics.jsonl")
-    if not events:
-        raise ConfigError(f"{run.uri} is no run directory: it has no events.jsonl. Name storage_path/name of a run.")
-    seen_at = max(float(item["time"]) for item in (*events, *rows) if "time" in item)
-    state = run_state(events, rows, now - seen_at)
-    records = list_checkpoints(run)
-    best, newest = best_and_newest(records)
-    spent = goodput(events, until=seen_at if state == "training" else None)
+    data = read_run(run, now)
+    if data.seen_at is None or not data.events:
+        raise ConfigError(
+            f"{run.uri} is no run directory: its events.jsonl holds no event. Name storage_path/name of a run."
+        )
+    best, newest = best_and_newest(data.checkpoints)
     return {
         "run_dir": run.uri,
-        "state": state,
-        **_place(run, events, rows),
-        "silent_s": max(0.0, now - seen_at),
-        "last_seen": seen_at,
-        "num_checkpoints": len(records),
+        "state": data.state,
+        **_place(data),
+        "silent_s": max(0.0, now - data.seen_at),
+        "last_seen": data.seen_at,
+        "num_checkpoints": len(data.checkpoints),
         "newest_checkpoint": newest and newest.name,
         "newest_checkpoint_step": newest and newest.step,
         "newest_checkpoint_age_s": newest and max(0.0, now - newest.time),
         "best_checkpoint": best and best.name,
-        **_history(events),
-        "goodput": {"ratio": spent.ratio, "total_s": spent.total_s, **asdict(spent)},
+        **_history(data.events),
+        "goodput": {"ratio": data.goodput.ratio, "total_s": data.goodput.total_s, **asdict(data.goodput)},
     }
 
 
-def _place(run: Storage, events: Sequence[Row], rows: Sequence[Row]) -> Row:
+def _place(data: RunData) -> Row:
     """How far it is and how fast it goes."""
-    train = [row for row in rows if row.get("split") == "train"]
-    val = [row for row in rows if row.get("split") == "val"]
-    known = [item for item in (*events, *rows) if "step" in item]
-    newest = max(known, key=lambda item: (float(item["time"]), item["step"]), default={})
-    training = parse_value(run.read("run.yaml").decode())["training"] if run.exists("run.yaml") else {}
+    train = [row for row in data.rows if row["split"] == "train"]
+    val = [row for row in data.rows if row["split"] == "val"]
+    known = [item for item in (*data.events, *data.rows) if "step" in item]
+    newest = max(known, key=lambda item: (item.get("time", 0.0), item["step"]), default={})
     return {
         "step": newest.get("step"),
-        "max_steps": training.get("max_steps"),
+        "max_steps": data.training.get("max_steps"),
         "epoch": newest.get("epoch"),
-        "epochs": training.get("epochs"),
-        "samples_per_s": train[-1].get("samples_per_s") if train else None,
+        "epochs": data.training.get("epochs"),
+        "samples_per_s": finite(train[-1].get("samples_per_s")) if train else None,
         "train": _metrics(train),
         "val": _metrics(val),
     }
@@ -108,9 +101,9 @@ def _history(events: Sequence[Row]) -> Row:
     starts = [event for event in events if event["event"] == "workers_started"]
     failures = [event for event in events if event["event"] == "failure"]
     return {
-        "started": float(events[0]["time"]),
+        "started": events[0]["time"],
         "num_workers": starts[-1].get("num_workers") if starts else None,
-        "attempts": max(int(event.get("attempt", 0)) for event in events),
+        "attempts": max(event.get("attempt", 0) for event in events),
         "failures": len(failures),
         "last_failure": failures[-1].get("cause") if failures else None,
         "skipped_steps": sum(event["event"] == "step_skipped" for event in events),
@@ -136,7 +129,7 @@ def _lines(status: Row) -> list[tuple[str, str]]:
         ("best checkpoint", status["best_checkpoint"] or ""),
         ("attempts", _text(status["attempts"])),
         ("failures", _text(status["failures"])),
-        ("last failure", status["last_failure"] or ""),
+        ("last failure", _text(status["last_failure"])),
         ("goodput", "" if spent["ratio"] is None else f"{spent['ratio']:.1%} of {readable_age(spent['total_s'])}"),
         ("lost to", _losses(spent)),
     ]

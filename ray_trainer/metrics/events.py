@@ -64,8 +64,16 @@ class EventLog:
 
 
 def read_events(storage: Storage) -> list[Row]:
-    """The events of all attempts and writers, oldest first."""
-    return sorted(read_rows(storage, _NAME), key=lambda row: float(row.get("time", 0.0)))
+    """The events of all attempts and writers, oldest first; rows that are none, as an editor leaves them, left out."""
+    return sorted(filter(_is_event, read_rows(storage, _NAME)), key=lambda row: row["time"])
+
+
+def _is_event(row: Row) -> bool:
+    return (
+        isinstance(row.get("time"), int | float)
+        and isinstance(row.get("event"), str)
+        and isinstance(row.get("attempt", 1), int)
+    )
 
 
 def next_attempt(storage: Storage) -> int:

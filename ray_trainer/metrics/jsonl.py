@@ -129,7 +129,7 @@ def _lines(data: bytes) -> Iterator[tuple[bytes, Row]]:
 def _decoded(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

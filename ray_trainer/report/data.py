@@ -107,25 +107,15 @@ def finite(value: object) -> float | None:
 
 
 def _events(run: Storage) -> list[Row]:
-    usable = [_typed(row) for row in _logged(run, "events.jsonl")]
-    return sorted(
-        (row for row in usable if "time" in row and isinstance(row.get("event"), str)), key=lambda row: row["time"]
-    )
+    return [row for row in map(_typed, read_events(run)) if "time" in row]
 
 
 def _rows(run: Storage) -> list[Row]:
     found: dict[tuple[str, int], Row] = {}
-    for row in map(_typed, _logged(run, "metrics.jsonl")):
+    for row in map(_typed, read_rows(run, "metrics.jsonl")):
         if "step" in row and row.get("split") in ("train", "val"):
             found[row["split"], row["step"]] = row
     return sorted(found.values(), key=lambda row: row["step"])
-
-
-def _logged(run: Storage, name: str) -> list[Row]:
-    try:
-        return read_events(run) if name == "events.jsonl" else read_rows(run, name)
-    except (TypeError, ValueError):  # sorting by a time that is none
-        return read_rows(run, name)
 
 
 def _typed(row: Row) -> Row:

@@ -11,7 +11,7 @@ import pytest
 from ray_trainer.checkpoint.catalog import open_storage
 from ray_trainer.cli import main
 from ray_trainer.cli.status import run_status
-from ray_trainer.metrics import EventLog
+from ray_trainer.metrics import EventLog, next_attempt
 from ray_trainer.storage import Storage
 
 
@@ -154,6 +154,36 @@ def test_status_tells_a_run_that_trains_from_one_that_is_silent_and_from_one_tha
     EventLog.of_controller(Storage.open(run_dir)).record("failure", cause="rank 1: killed")
     status = run_status(open_storage(run_dir), time.time())
     assert (status["state"], status["failures"], status["last_failure"]) == ("failing", 1, "rank 1: killed")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage",
+        b"\xff\x00",
+        b"[" * 100_000,
+        b"{}",
+        b'{"time": "x", "event": "run_started", "attempt": 1}',
+        b'{"time": null, "event": "run_started"}',
+        b'{"time": 1e999, "event": "run_started"}',
+        b'{"event": "run_started", "split": "train", "step": 10, "samples_per_s": "x"}',
+        b'{"time": 1.0, "event": ["a"], "step": {}}',
+        b'{"time": 1.0, "event": "workers_started", "attempt": "x", "step": "y"}',
+        b'{"time": 1.0, "event": "checkpoint_saved", "attempt": 1, "step": "q", "stall_s": "w"}',
+    ],
+    ids=lambda line: line[:60].decode(errors="replace"),
+)
+def test_status_of_a_run_with_lines_that_are_no_events_tells_what_the_others_say(run_dir, capsys, line):
+    for name in ("events.jsonl", "metrics.jsonl"):
+        with (run_dir / name).open("ab") as file:
+            file.write(line + b"\n")
+    (run_dir / "run.yaml").write_text("training: [")
+
+    assert call(capsys, "status", str(run_dir))[0] == 0
+    code, text = call(capsys, "status", str(run_dir), "--json")
+
+    assert (code, json.loads(text)["step"], json.loads(text)["state"]) == (0, 10, "finished")
+    assert next_attempt(Storage.open(run_dir)) == 2
 
 
 def test_status_takes_a_uri_and_writes_nothing(run_dir, capsys):
