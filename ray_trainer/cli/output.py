@@ -1,6 +1,8 @@
 """What commands print: colours and bold type on a terminal, plain aligned text in a pipe, JSON for scripts."""
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,12 @@ from rich.text import Text
 from ray_trainer.metrics.jsonl import encode_row
 
 _GAP = "  "
+
+
+def keep_pipes_plain() -> None:
+    """Let Ray put plain prefixes before what its processes print, unless it is a terminal that shows it."""
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:

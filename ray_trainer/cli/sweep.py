@@ -10,6 +10,7 @@ from typing import Any, Self, TextIO
 
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.experiment import experiment_module, load_experiment, modules_beside
+from ray_trainer.cli.output import keep_pipes_plain
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
 from ray_trainer.cli.surroundings import in_ray_job, placed_in_job
 from ray_trainer.cluster.trials import TrialRecord
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     module = experiment_module(run_file.experiment, args.run_file.parent)
     for part in modules_beside(module, args.run_file.parent):
         cloudpickle.register_pickle_by_value(part)
+    keep_pipes_plain()
     metric, mode = run_file.sweep.objective(run_file.training)
     with SweepTable(metric, mode) as table:
         result = sweep(

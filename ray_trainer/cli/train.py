@@ -1,7 +1,6 @@
 """``ray-trainer train``: train what a run file describes, or continue it."""
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from ray_trainer.cli.commands import Subparsers, add_command
 from ray_trainer.cli.experiment import experiment_module, load_experiment, modules_beside
+from ray_trainer.cli.output import keep_pipes_plain
 from ray_trainer.cli.runfile import RunFile, load_run_file, resolved
 from ray_trainer.cli.surroundings import in_ray_job, placed_in_job
 from ray_trainer.config.documents import dump_yaml
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     # workers elsewhere do not have the user's files, so what is in them travels with the run
     for module in modules_beside(experiment_module(run_file.experiment, args.run_file.parent), args.run_file.parent):
         cloudpickle.register_pickle_by_value(module)
-    if not sys.stdout.isatty():
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what workers print comes with plain prefixes
+    keep_pipes_plain()
     with LiveDisplay() as display:
         result = fit(
             experiment,
