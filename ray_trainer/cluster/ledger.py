@@ -103,10 +103,16 @@ class Ledger:
             self.storage.delete(name)
 
     def find_checkpoints(self) -> None:
-        """Look up the best checkpoint of each trial; its value is what the trial is judged by."""
+        """Look up the best checkpoint of each trial; its value is what the trial is judged by.
+
+        A trial that was ended at a report went on until it stopped, so it may have got further than it reported.
+        """
         policy = RetentionPolicy(None, 1, self.metric, self.mode)
         for trial in self.trials.values():
-            best = policy.best(list_checkpoints(self.run_of(trial))) if trial.reports else None
+            records = list_checkpoints(self.run_of(trial)) if trial.reports else []
+            best = policy.best(records)
+            if records:
+                trial.step, trial.epoch = records[-1].step, records[-1].epoch
             trial.checkpoint = best.uri if best else None
             trial.value = best.metrics[self.metric] if best else None
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import experiments
 import numpy as np
 import pytest
 
+from ray_trainer.checkpoint import list_checkpoints
 from ray_trainer.cli.runfile import load_run_file, resolved
 from ray_trainer.cluster import ClusterConfig, SweepConfig, choice, grid, loguniform, randint, uniform
 from ray_trainer.cluster.ledger import Ledger
@@ -265,6 +267,24 @@ def test_sweep_started_differently_is_refused_with_the_difference(tmp_path: Path
     assert again.trials["trial_0000"].status == "running"
     with pytest.raises(ConfigError, match=r"sweep\.seed was 1 and is 2.*another cluster\.name"):
         Ledger(storage, {"sweep.seed": 2, "model": {"width": 2}}, "val_loss", "min").require_same_sweep()
+
+
+def test_trial_that_went_on_after_its_last_report_is_told_as_far_as_it_went(tmp_path: Path):
+    """A scheduler ends a trial at a report, and the run may have validated once more until it stops."""
+    ledger = Ledger(Storage.open(tmp_path / "s"), {}, "val_loss", "min")
+    ledger.open()
+    experiments.run(tmp_path / "s/trials/trial_0000", epochs=2, keep_last_n=10)
+    first, *_, last = list_checkpoints(ledger.storage.child("trials/trial_0000"))
+    ledger.record("trial_started", "trial_0000", settings={})
+    report = {"value": first.metrics["val_loss"] + 1, "checkpoint": first.name, "settings": {}, "units": 1}
+    ledger.record("trial_reported", "trial_0000", step=first.step, epoch=first.epoch, **report)
+    ledger.record("trial_ended", "trial_0000", status="stopped", reason="")
+
+    ledger.conclude("finished", "")
+
+    told = ledger.trials["trial_0000"]
+    assert first.step < last.step
+    assert (told.step, told.epoch) == (last.step, last.epoch)
 
 
 def test_kinds_of_domains_are_those_of_the_functions():
