@@ -79,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
         )
         table.update(result.trials)
     out = sys.stdout
+    num_ended, num_trials = sum(trial.has_ended for trial in result.trials), run_file.sweep.num_trials()
+    if num_ended < num_trials:
+        out.write(
+            f"out of time: {num_ended} of {num_trials} trials have ended; with more sweep.time_budget it goes on\n"
+        )
     out.write(f"best {result.best.name}  {result.metric} {result.best.value:.6g}\n")
     out.write(f"its checkpoint {result.best.checkpoint}\n")
     out.write(f"train with its settings: ray-trainer train {result.run_file}\n")
