@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,7 +26,7 @@ class FileImage:
     name: str
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Of the whole file."""
         return sum(_size(part) for part in self.parts)
@@ -69,7 +70,7 @@ def copy_in(images: Sequence[FileImage], places: Sequence[FileInMemory], memory:
 
 
 def _size(part: Part) -> int:
-    return len(part) if isinstance(part, bytes) else part.numel() * part.element_size()
+    return len(part) if isinstance(part, bytes) else part.nbytes
 
 
 def _content(tensor: torch.Tensor) -> memoryview:

@@ -51,7 +51,7 @@ def divide(tensors: Tensors, written_by_first: int, count: int) -> list[dict[str
     if written_by_first >= share:  # the first rank has enough to do
         share = begin = total / (count - 1)
     parts: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    sizes = [tensor.nbytes for tensor in tensors.values()]
     starts = itertools.accumulate(sizes[:-1], initial=begin)
     for (name, tensor), size, start in zip(tensors.items(), sizes, starts, strict=True):
         parts[min(int((start + size / 2) / share), count - 1)][name] = tensor
@@ -60,7 +60,7 @@ def divide(tensors: Tensors, written_by_first: int, count: int) -> list[dict[str
 
 def size_bytes(tensors: Tensors) -> int:
     """Of all of them."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def digest(parts: Sequence[Tensors]) -> str:

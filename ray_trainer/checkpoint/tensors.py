@@ -46,7 +46,7 @@ def tensor_image(name: str, tensors: Mapping[str, torch.Tensor]) -> FileImage:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, tensor in by_alignment:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.nbytes
         entries[key] = {
             "dtype": _NAME_OF[tensor.dtype],
             "shape": list(tensor.shape),
