@@ -91,9 +91,14 @@ class Ledger:
         self.trials[trial].take(json.loads(json.dumps(row)), self.mode)
 
     def conclude(self, status: SweepStatus, reason: str) -> None:
-        """Write the end of this start of the sweep, with the best checkpoint of each trial as it is on storage."""
+        """Write the end of this start of the sweep, with the best checkpoint of each trial as it is on storage.
+
+        A trial that has not ended waits for the next start.
+        """
         assert self._log is not None
         self.find_checkpoints()
+        for trial in self.trials.values():
+            trial.status = trial.status if trial.has_ended else "waiting"
         self._log.record("sweep_ended", status=status, reason=reason)
         self.summarise(status)
 

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import io
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -267,6 +268,22 @@ def test_sweep_started_differently_is_refused_with_the_difference(tmp_path: Path
     assert again.trials["trial_0000"].status == "running"
     with pytest.raises(ConfigError, match=r"sweep\.seed was 1 and is 2.*another cluster\.name"):
         Ledger(storage, {"sweep.seed": 2, "model": {"width": 2}}, "val_loss", "min").require_same_sweep()
+
+
+def test_trial_that_has_not_ended_when_a_sweep_ends_waits_for_the_next_start(tmp_path: Path):
+    ledger = Ledger(Storage.open(tmp_path / "s"), {}, "val_loss", "min")
+    ledger.open()
+    ledger.record("trial_started", "trial_0000", settings={})
+    ledger.record("trial_started", "trial_0001", settings={})
+    ledger.record("trial_ended", "trial_0001", status="finished", reason="")
+
+    ledger.conclude("out of time", "")
+
+    summary = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert {trial["name"]: trial["status"] for trial in summary["trials"]} == {
+        "trial_0000": "waiting",
+        "trial_0001": "finished",
+    }
 
 
 def test_trial_that_went_on_after_its_last_report_is_told_as_far_as_it_went(tmp_path: Path):
