@@ -42,6 +42,6 @@ def test_run_that_loses_more_than_it_may_fail_is_found_equal_to_a_clean_one(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["points-chaos"]  # the run itself is not touched
     clean, struck = (tmp_path / "runs" / "points-chaos" / name for name in ("clean", "faults"))
     assert events(clean, "resumed") == []
-    assert len(events(struck, "controller_lost")) == 1
+    assert events(struck, "controller_lost")  # once more if it ends before its driver where all have to
     assert len({event["checkpoint"] for event in events(struck, "checkpoint_rejected")}) == 1  # at one start or more
     assert_same_run(clean, struck)  # by other means than the command's own
