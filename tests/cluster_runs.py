@@ -170,9 +170,18 @@ class Command:
         self._family()
         os.killpg(self._process.pid, signal.SIGINT)
 
-    def wait_until_nothing_is_left(self) -> None:
-        """Until no process of the command or of its Ray, as far as they were seen, is alive."""
-        self.until(lambda: not any(map(is_alive, self.seen)) or None, "the end of all processes")
+    def wait_until_nothing_is_left(self, but: str | None = None) -> None:
+        """Until no process of the command or of its Ray, as far as they were seen, is alive.
+
+        Args:
+            but: a process whose title begins so is let alone once all others are gone.
+        """
+
+        def is_over() -> bool | None:
+            left = [command_line(process.pid) for process in self.seen if is_alive(process)]
+            return all(but is not None and line.startswith(but) for line in left) or None
+
+        self.until(is_over, "the end of all processes")
 
     def close(self) -> None:
         """End whatever is left of it."""

@@ -87,6 +87,7 @@ class Driver:
         if self._process is None:
             return
         self._family()
+        self._process.kill()  # first, so that it tells of no other one's end
         end(self._seen)
         self._process.wait()
         self._seen = set()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import slow_points
-from cluster_runs import assert_same_run, descendants, training, write_run_file
+from cluster_runs import assert_same_run, command_line, descendants, kill, training, write_run_file
 from experiments import events, everything_in
 from network_nodes import RayOnNetwork, ray_on_network, why_not
 
@@ -36,6 +36,9 @@ def test_node_that_is_cut_off_costs_time_alone_and_writes_nothing_any_more(tmp_p
             command.wait_for_step(45)
             rank_0 = command.started_pids()[0]  # the one that commits
             (lost,) = [place for place, node in enumerate(ray.nodes) if rank_0 in descendants(node.process.pid)]
+            beside_driver = descendants(ray.nodes[0].process.pid)
+            (meeting,) = [pid for pid in beside_driver if command_line(pid).startswith("ray::Rendezvous")]
+            kill(meeting)  # the one that Ray starts in its place knows nothing of who trains
             ray.hosts[lost].cut()
             assert command.wait() == 0, command.output
 

@@ -2,6 +2,9 @@
 
 import mmap
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +13,7 @@ from ray_trainer.pulse import Phase, Pulse
 from ray_trainer.pulse.board import SIZE_BYTES, Board, Durations, file_in_memory
 from ray_trainer.pulse.deadlines import LEARNED_AFTER, Terms, deadline_s, percentile_s
 from ray_trainer.pulse.desk import FRESH_S, PATIENCE_FLOORS, SETTLED_S, Desk, Report
-from ray_trainer.pulse.stacks import Activity, Frame, activity, frames_of
+from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, frames_of
 from ray_trainer.pulse.verdict import Place, blame
 
 TERMS = Terms(floor_s=10.0, patience_s=1800.0)
@@ -174,3 +177,32 @@ def test_desk_forgets_what_a_rank_said_that_went_on():
     now[0] += SETTLED_S
     assert desk.consider(behind) is None  # not the one to blame
     assert "ahead" in (desk.consider(ahead) or "")
+
+
+SLOW_WRITER = """
+import os, signal, sys, time
+
+def write(number, frame):
+    os.write(int(sys.argv[1]), b'Thread 0x1 (most recent call first):\\n  File "other.py", line 1 in wait\\n')
+    time.sleep(0.2)
+    os.write(int(sys.argv[1]), b'Thread 0x2 (most recent call first):\\n  File "mine.py", line 2 in train\\n')
+
+signal.signal(signal.SIGUSR2, write)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_stacks_are_waited_for_until_the_thread_that_trains_is_among_them():
+    """Who writes them may be held up in between on a busy machine."""
+    descriptor = file_in_memory("stacks")
+    command = [sys.executable, "-c", SLOW_WRITER, str(descriptor)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[descriptor]) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        text = StackFile(process.pid, descriptor, signal.SIGUSR2).take_stopped(thread=2)
+        process.kill()
+
+    assert frames_of(text, 2) == (Frame("mine.py", "2", "train"),)
