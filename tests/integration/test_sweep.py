@@ -99,7 +99,7 @@ def test_command_given_again_after_ctrl_c_and_a_kill_repeats_no_trial_and_leaves
         tmp_path / "digits.yaml",
         experiment=f"{EXAMPLES / 'digits.py'}:experiment",
         model={"width": 8},
-        training={"epochs": 8, "batch_size": 32, "monitor": "val_accuracy", "mode": "max", "log_every_n_steps": 1},
+        training={"epochs": 20, "batch_size": 32, "monitor": "val_accuracy", "mode": "max", "log_every_n_steps": 1},
         cluster={"name": "digits", "storage_path": str(tmp_path)},
         sweep={"space": {"training.learning_rate": {"grid": [1e-5, 3e-3, 1e-4]}}, "scheduler": "asha"},
     )
