@@ -72,17 +72,27 @@ class SurvivorTier:
         part = SnapshotPart((meta.attempt, meta.step), distributed.rank(), 1, header, files)
         self._memory.kept = KeptState(part, content, asdict(carried), own)
 
-    def restore(self) -> LoadedCheckpoint | None:
-        """Load the state of the rank that has completed the most steps; None if no rank has any. Collective.
+    def share(self) -> KeptState | None:
+        """Give all ranks the state of the one that has completed the most steps; None if none has any. Collective.
 
         Until `release`, every rank keeps what it was given: the one that had it may be the next to be lost.
         """
         started_s = time.perf_counter()
-        steps = distributed.gather_objects(self._step())
+        held = distributed.gather_objects(None if self._memory.kept is None else self._memory.kept.part.origin)
+        steps = [-1 if origin is None else origin[0][1] for origin in held]
         if max(steps) < 0:
             return None
-        source = steps.index(max(steps))
-        kept = self._share(source, steps[distributed.rank()] == max(steps))
+        if any(origin != held[0] for origin in held):  # else it is shared already
+            source = steps.index(max(steps))
+            self._receive(source, steps[distributed.rank()] == max(steps))
+            self._memory.story["state_s"] = time.perf_counter() - started_s
+        return self._memory.kept
+
+    def restore(self) -> LoadedCheckpoint | None:
+        """`share` the state, and load it; None if no rank has any, or it is not what it was. Collective."""
+        kept = self.share()
+        if kept is None:
+            return None
         loaded: LoadedCheckpoint | None = None
 
         def load() -> None:
@@ -93,10 +103,10 @@ class SurvivorTier:
             on_all_ranks(load)
         except CheckpointError as error:
             self._memory.kept = None
-            logger.warning("The state of rank %d can't be used: %s", source, error)
+            logger.warning("The state of rank %d can't be used: %s", kept.part.rank, error)
             return None
         assert loaded is not None  # on_all_ranks would have raised
-        story = _story(distributed.gather_objects(self._memory.story), time.perf_counter() - started_s)
+        story = _story(distributed.gather_objects(self._memory.story))
         name = f"step {kept.part.key[1]} of the worker with rank {kept.part.rank}"
         return replace(
             loaded,
@@ -111,11 +121,8 @@ class SurvivorTier:
         self._memory.kept = None
         self._memory.story = {}
 
-    def _step(self) -> int:
-        return -1 if self._memory.kept is None else self._memory.kept.part.key[1]
-
-    def _share(self, source: int, is_up_to_date: bool) -> KeptState:
-        """What the source keeps, on all ranks; a rank at the same step has still what is its own."""
+    def _receive(self, source: int, is_up_to_date: bool) -> None:
+        """Keep what the source keeps; a rank at the same step has still what is its own. Collective."""
         mine = self._memory.kept
         is_source = distributed.rank() == source
         header = (mine.part, mine.carried, len(mine.content)) if mine is not None and is_source else None
@@ -126,7 +133,6 @@ class SurvivorTier:
         distributed.broadcast_bytes(torch.from_numpy(content), source)
         own = mine.own if mine is not None and is_up_to_date else None
         self._memory.kept = KeptState(part, content, carried, own)
-        return self._memory.kept
 
 
 class _Content:
@@ -140,7 +146,7 @@ class _Content:
         return self._content
 
 
-def _story(of_ranks: list[dict[str, Any]], state_s: float) -> dict[str, Any]:
+def _story(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """When the first rank noticed the loss and what took how long; the last rank counts in each phase."""
     noticed = min((story["noticed_at"] for story in of_ranks if story.get("noticed_at")), default=None)
     joined = max((story["joined_at"] for story in of_ranks if "joined_at" in story), default=None)
@@ -150,4 +156,4 @@ def _story(of_ranks: list[dict[str, Any]], state_s: float) -> dict[str, Any]:
     told["by_spares"] = [rank for rank, story in enumerate(of_ranks) if story.get("is_spare")]
     if noticed is not None and joined is not None and formed is not None:
         told |= {"noticed_at": noticed, "waited_s": joined - noticed, "group_s": formed - joined}
-    return told | {"state_s": state_s}
+    return told | {"state_s": max((story["state_s"] for story in of_ranks if "state_s" in story), default=0.0)}

@@ -3,11 +3,12 @@
 import importlib
 import logging
 import os
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ray.actor import ActorHandle
 
 from ray_trainer import distributed
+from ray_trainer.checkpoint import SurvivorTier
 from ray_trainer.cluster.events import final_error
 from ray_trainer.cluster.rejoin import Rejoining
 from ray_trainer.cluster.retries import note_place
@@ -84,18 +86,40 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     for handler in (*logging.getLogger().handlers, *logging.getLogger("ray.train").handlers):
         handler.addFilter(_without_rays_lines)
     torch.set_num_threads(job.torch_threads)
+    imports = _begin_imports()
     datasets = cache(lambda: {name: _open(data) for name, data in job.datasets.items()})  # not by a spare
 
     def train(survivor: ProcessMemory | None) -> Outcome:
         with distributed.membership():
+            if survivor is not None:
+                SurvivorTier(survivor).share()  # a newcomer gets it while it imports
+            imports.join()
             return _train(job, datasets(), survivor)
 
-    return train(None) if job.rejoining is None else job.rejoining.run(train, partial(_warm_up, job))
+    def warm_up() -> None:
+        imports.join()
+        _warm_up(job)
+
+    return train(None) if job.rejoining is None else job.rejoining.run(train, warm_up)
+
+
+def _begin_imports() -> threading.Thread:
+    """Import beside what else there is to do; it has to be joined before code of the user runs, which imports as well.
+
+    `DistributedDataParallel` and the optimizer import ``torch._dynamo``, which takes as long as torch itself.
+    """
+
+    def work() -> None:
+        with suppress(Exception):  # it comes again when it is needed, and is told then
+            importlib.import_module("torch._dynamo")
+
+    imports = threading.Thread(target=work, name="ray-trainer-imports", daemon=True)
+    imports.start()
+    return imports
 
 
 def _warm_up(job: Job) -> None:
     """Have everything imported that the first model of a process imports, the user's code included."""
-    importlib.import_module("torch._dynamo")  # by DistributedDataParallel and the optimizer, and takes as long as torch
     with suppress(Exception):  # it comes again when the model is needed, and is told then
         set_random_seed(job.training.random_seed)
         job.experiment.build_model(SimpleNamespace(**job.model_config))

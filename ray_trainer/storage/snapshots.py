@@ -27,6 +27,11 @@ class SnapshotPart:
     manifest: bytes
     files: tuple[tuple[FileInMemory, str], ...]
 
+    @property
+    def origin(self) -> tuple[tuple[int, int], int]:
+        """Of which snapshot it is, and whose."""
+        return self.key, self.rank
+
 
 class SnapshotStore(Protocol):
     """Memory that outlives the workers. It keeps the newest complete snapshot, and the parts of the next.
