@@ -36,6 +36,10 @@ _NAMES = ("forward_sync_buffers", "broadcast_buffers")  # before torch 2.13 it h
 _BUFFERS_OPTION = next(name for name in _NAMES if name in signature(nn.parallel.DistributedDataParallel).parameters)
 
 
+class RegroupError(RuntimeError):
+    """The ranks leave their group between two steps, all after the same one, to form one with those that wait."""
+
+
 class _Place(NamedTuple):
     rank: int
     world_size: int
@@ -148,6 +152,11 @@ def has_lost_peer(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def ends_generation(error: BaseException) -> bool:
+    """Whether the ranks that are left have nothing wrong, and are to form another group."""
+    return isinstance(error, RegroupError) or has_lost_peer(error)
 
 
 def blames_another(message: str) -> bool:

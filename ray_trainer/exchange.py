@@ -25,6 +25,7 @@ class Agreed:
         seconds: since the last step, on rank 0.
         stop: the wish to stop of any rank.
         wants_save: the surroundings of some rank want a checkpoint at once.
+        may_grow: a process waits to be one more rank.
         busy: where a checkpoint of any rank is still on its way to.
         stragglers: ranks that were found to be slow.
         shared: sums over the ranks, in their order, of what else was told.
@@ -36,6 +37,7 @@ class Agreed:
     seconds: float = 0.0
     stop: Stop = Stop.NONE
     wants_save: bool = False
+    may_grow: bool = False
     busy: Tier = Tier.NONE
     stragglers: tuple[Straggler, ...] = ()
     shared: tuple[float, ...] = ()
@@ -71,13 +73,14 @@ class StepExchange:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         stop, save, busy = self._runtime.requested_stop(), self._runtime.requested_save(), self._saving_to()
+        grow = self._runtime.survivor is not None and self._runtime.survivor.may_grow
         if distributed.world_size() == 1:
-            return Agreed(count, num_samples, loss_sum, seconds, stop, save, busy, shared=tuple(shared))
-        own = [count, num_samples, loss_sum, seconds, stop, save, busy, *pulse.take_own_times(), *shared]
+            return Agreed(count, num_samples, loss_sum, seconds, stop, save, grow, busy, shared=tuple(shared))
+        own = [count, num_samples, loss_sum, seconds, stop, save, grow, busy, *pulse.take_own_times(), *shared]
         rows = distributed.gather_rows(torch.tensor([own], dtype=torch.float64))[:, 0]
-        counts, samples, losses, times, stops, saves, tiers = rows[:, :7].T.tolist()
+        counts, samples, losses, times, stops, saves, grows, tiers = rows[:, :8].T.tolist()
         end = rows.shape[1] - len(shared)
-        slow = self._stragglers.add(rows[:, 7:end], times[0]) if distributed.rank() == 0 else []
+        slow = self._stragglers.add(rows[:, 8:end], times[0]) if distributed.rank() == 0 else []
         return Agreed(
             count=sum(counts),
             num_samples=int(sum(samples)),
@@ -85,6 +88,7 @@ class StepExchange:
             seconds=times[0],
             stop=Stop(int(max(stops))),
             wants_save=any(saves),
+            may_grow=any(grows),
             busy=Tier(reduce(operator.or_, map(int, tiers))),
             stragglers=tuple(slow),
             shared=tuple(reduce(operator.add, column) for column in rows[:, end:].T.tolist()),

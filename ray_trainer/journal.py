@@ -85,6 +85,8 @@ class Journal:
         self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": str(saved.tier.name).lower()})
         if saved.carried is not None:
             self.event("rejoined", step, epoch, **saved.carried.story)
+        if saved.manifest.world_size != len(pids):
+            self.event("resized", step, epoch, **{"from": saved.manifest.world_size, "to": len(pids)})
 
     def conclude(self, progress: Progress, interruption: Stop) -> None:
         """Tell how the run, or this attempt, ended."""

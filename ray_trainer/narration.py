@@ -15,6 +15,10 @@ def tell(event: Mapping[str, Any]) -> str | None:
             return f"{count} workers started again (attempt {attempt})"
         case {"event": "spare_lost", "cause": cause}:
             return f"a spare worker was lost, training goes on: {cause}"
+        case {"event": "resized", "step": step, "from": before, "to": now}:
+            return f"workers from step {step} on: {now}, where there were {before}"
+        case {"event": "rejoined", "step": step, "replaced": []}:
+            return f"no step is lost: the others train on after step {step}"
         case {"event": "rejoined", "step": step, "replaced": replaced}:
             return f"no step is lost: rank {', '.join(map(str, replaced))} was replaced after step {step}"
         case {"event": "resumed", "step": step, "from": checkpoint}:

@@ -82,11 +82,11 @@ class Run:
             with pulse.measured(not self._is_alone):
                 self._train()
         except Exception as error:
-            if self._is_alone and self._loop.is_whole:
+            if self._loop.is_whole and distributed.ends_generation(error):
+                self._saver.keep(self._recorder.metrics())
+            elif self._is_alone and self._loop.is_whole:
                 self._recorder.flush()
                 self._saver.save_after_error(self._recorder.metrics())
-            elif self._loop.is_whole and distributed.has_lost_peer(error):
-                self._saver.keep(self._recorder.metrics())
             if is_shortage(error):
                 raise self._loop.explained(error) from error
             raise
@@ -141,6 +141,8 @@ class Run:
                 return False
             if self.interruption is not Stop.NONE or self._limits.reached(self._progress):
                 return self._limits.ends_epoch(self._progress)
+            if self._loop.agreed.may_grow:
+                raise distributed.RegroupError("another worker is ready to join")
         return True
 
     def _roll_back(self, record: StepRecord) -> bool:

@@ -1,7 +1,8 @@
 """An experiment whose worker kills itself at a named point, once for each file that lies there for it.
 
 ``graves`` is a directory. A file in it, named ``POINT-rankN``, is a death that is still to come; who dies removes it.
-As long as there is one named ``hold_after_step_N``, all wait there.
+As long as there is one named ``hold_after_step_N``, all wait there, and as long as there is one named ``slow``, each
+step takes its time.
 """
 
 import os
@@ -71,6 +72,8 @@ class Hooks:
         die(self.graves, f"after_step_{record.step}")
         while Path(self.graves, f"hold_after_step_{record.step}").exists():
             time.sleep(0.02)
+        if Path(self.graves, "slow").exists():
+            time.sleep(0.2)
 
     def on_validation_end(self, metrics: dict[str, float]) -> None:
         die(self.graves, "after_validation")

@@ -21,7 +21,7 @@ from ray_trainer.cluster.groups import GroupRecorder
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.monitor import terms_of
 from ray_trainer.cluster.readiness import require_cluster, require_storage
-from ray_trainer.cluster.rejoin import Rejoining, open_rendezvous, rejoins
+from ray_trainer.cluster.rejoin import Rejoining, may_shrink, open_rendezvous, rejoins
 from ray_trainer.cluster.replacement import InPlaceConfig, ReplacementGuard
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.session import (
@@ -129,9 +129,10 @@ def fit_watched(
     with owned(storage, training_config, take_over) as storage, ray_session(cluster):
         require_resources(cluster)
         link = open_link()
+        is_in_place = rejoins(cluster, training_config)
         job = Job(
             experiment=experiment,
-            training=_with_fixed_global_batch(training_config, cluster),
+            training=_with_fixed_global_batch(training_config, cluster, is_in_place),
             model_config=model_values,
             datasets=build_datasets(experiment, model_values, training_config),
             description={"model": model_values, "cluster": cluster.to_dict()},
@@ -142,7 +143,6 @@ def fit_watched(
             hang=terms_of(cluster),
             start_from=start_from,
         )
-        is_in_place = rejoins(cluster, training_config)
         retries = Retries(cluster.max_failures)
         with watching as watch:
             trainer = partial(_torch_trainer, job, cluster, storage, is_in_place)
@@ -183,10 +183,11 @@ def validate_sections(**sections: Section) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig) -> TrainingConfig:
+def _with_fixed_global_batch(training: TrainingConfig, cluster: ClusterConfig, is_in_place: bool) -> TrainingConfig:
     """A run whose number of workers may change takes the global batch of the greatest number."""
     least, most = worker_bounds(cluster)
-    if least == most or training.global_batch_size is not None:
+    may_change = least != most or (is_in_place and may_shrink(training))
+    if not may_change or training.global_batch_size is not None:
         return training
     total = training.batch_size * training.gradient_accumulation_steps * most
     return replace(training, global_batch_size=total, gradient_accumulation_steps=1)
@@ -223,9 +224,9 @@ def _portable(data: Any, policy: BadDataPolicy) -> Any:
     return blocks
 
 
-def _rejoining(cluster: ClusterConfig) -> Rejoining:
+def _rejoining(cluster: ClusterConfig, training: TrainingConfig) -> Rejoining:
     num_ranks, num_spares = worker_bounds(cluster)[0], cluster.spare_workers
-    actor = open_rendezvous(num_ranks, num_spares)
+    actor = open_rendezvous(num_ranks, num_spares, may_shrink(training))
     return Rejoining(actor, num_ranks, num_spares, cluster.collective_timeout_s, cluster.hang_floor_s is not None)
 
 
@@ -233,7 +234,7 @@ def _torch_trainer(
     job: Job, cluster: ClusterConfig, storage: Storage, is_in_place: bool
 ) -> tuple[TorchTrainer, Rejoining | None]:
     """What a start needs: workers that an earlier one has left behind do not meet those of this one."""
-    rejoining = _rejoining(cluster) if is_in_place else None
+    rejoining = _rejoining(cluster, job.training) if is_in_place else None
     job = replace(job, rejoining=rejoining)
     configure_torch = TorchConfig if rejoining is None else InPlaceConfig
     trainer = TorchTrainer(

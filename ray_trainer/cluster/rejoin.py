@@ -54,13 +54,13 @@ _ENDS_WITHIN_S = 300.0
 _APPEARS_WITHIN_S = 60.0  # a worker that has lost another one; what it does meanwhile may take a while
 
 
-def open_rendezvous(num_ranks: int, num_spares: int) -> ActorHandle:
+def open_rendezvous(num_ranks: int, num_spares: int, may_shrink: bool) -> ActorHandle:
     """Start a `Rendezvous`; it lives as long as this driver has the handle."""
     ray.cloudpickle.register_pickle_by_value(rendezvous)  # see there
     try:
         options = {"num_cpus": 0, "max_restarts": -1, "enable_task_events": False}  # it is asked again and again
         actor = ray.remote(scheduling_strategy=beside_driver(), **options)(rendezvous.Rendezvous)
-        return actor.remote(num_ranks, num_ranks + num_spares)
+        return actor.remote(num_ranks, num_ranks + num_spares, may_shrink)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(rendezvous)
 
@@ -80,6 +80,11 @@ def rejoins(cluster: ClusterConfig, training: TrainingConfig) -> bool:
     if missing is not None:
         logger.warning("Workers that die are not replaced one by one, because of another version of Ray: %s.", missing)
     return missing is None
+
+
+def may_shrink(training: TrainingConfig) -> bool:
+    """Whether the survivors of a run train on until the dead are replaced: the bits are the same with fewer."""
+    return training.determinism == "elastic"
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class Rejoining:
         try:
             outcome = train(member.memory)
         except Exception as error:
-            if not distributed.has_lost_peer(error):
+            if not distributed.ends_generation(error):
                 raise
             member.notice(error)
             return None
@@ -197,6 +202,7 @@ class _Member:
                 self.leave()
             else:
                 self.memory.story["formed_at"] = time.time()
+                self.memory.may_grow = False
                 self._left = threading.Event()
                 threading.Thread(
                     target=self._listen, args=(self._left,), name="ray-trainer-rejoin", daemon=True
@@ -204,9 +210,9 @@ class _Member:
                 return None
 
     def notice(self, error: Exception) -> None:
-        """Another rank is lost."""
+        """Another rank is lost, or waits to join."""
         at = "" if self.memory.kept is None else f" at step {self.memory.kept.part.key[1]}"
-        logger.warning("Rank %d goes on%s, but has lost another one: %s", self._rank, at, str(error).splitlines()[0])
+        logger.warning("Rank %d leaves its group%s, and goes on: %s", self._rank, at, str(error).splitlines()[0])
         self.memory.story.setdefault("noticed_at", time.time())
 
     def leave(self) -> None:
@@ -221,11 +227,14 @@ class _Member:
     def _listen(self, left: threading.Event) -> None:
         """Hang up once the others have gone on without a rank of this generation: nothing tells who waits for it.
 
-        A process that dies closes its connections; a machine that is cut off, or loses its power, does not.
+        A process that dies closes its connections; a machine that is cut off, or loses its power, does not. And pass
+        on that somebody waits to join.
         """
         number, connections = self._number, self._connections
         while not left.wait(_LISTENS_EVERY_S):
-            if self._ask("is_over", number).get("is_over") and not left.wait(_NOTICES_WITHIN_S):
+            outlook = self._ask("outlook", number)
+            self.memory.may_grow = outlook.get("may_grow", False)
+            if outlook.get("is_over") and not left.wait(_NOTICES_WITHIN_S):
                 logger.warning("Rank %d waits for a rank that is lost, and hangs up.", self._rank)
                 hang_up(connections)
                 return
@@ -300,10 +309,11 @@ class _Member:
         if self._rank > 0:
             host, port = self._cards[0]["address"]
             store = TCPStore(host, port, is_master=False, timeout=_FORMS_WITHIN)
-        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._way.num_ranks))
+        num_ranks = len(self._cards)
+        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(num_ranks))
         shared = PrefixStore(f"generation-{self._number}", store)
         dist.init_process_group(
-            "gloo", store=shared, rank=self._rank, world_size=self._way.num_ranks, timeout=_FORMS_WITHIN
+            "gloo", store=shared, rank=self._rank, world_size=num_ranks, timeout=_FORMS_WITHIN
         )
         self._connections = connections_between_ranks(before)
         distributed.set_patience(self._way.patience_s)

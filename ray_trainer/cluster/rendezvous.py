@@ -21,11 +21,12 @@ _LOOKS_EVERY_S = 0.2
 
 @dataclass
 class _Waiting:
-    """A process that asks for the next generation: who, since when, and when it did so last."""
+    """A process that asks for the next generation: who, since when, when it did so last, and what it knew then."""
 
     card: Card
     since_s: float
     asked_s: float
+    past: int
 
 
 class Deaths:
@@ -63,12 +64,16 @@ class Rendezvous:
     is a spare and goes on waiting. As long as a member may be alive and has not come, it is waited for: it has the
     state, or trains.
 
+    Where training can go on with any number of ranks, survivors do not wait for those that are missing. Their ranks are
+    numbered anew then, and a process that has come meanwhile joins them in a generation after that.
+
     The actor forgets everything when it dies, and needs nothing of it: whoever waits asks again and again, and knows
     who the members of the last generation are. Where nobody does, all workers have to be here, so none trains.
 
     Args:
         num_ranks: that train together.
         num_places: workers of Ray, spares included.
+        may_shrink: survivors go on without those that are missing.
         is_dead: whether it is certain that a process is dead.
         clock: seconds.
     """
@@ -77,10 +82,11 @@ class Rendezvous:
         self,
         num_ranks: int,
         num_places: int,
+        may_shrink: bool = False,
         is_dead: Callable[[Card], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._num_ranks, self._num_places = num_ranks, num_places
+        self._num_ranks, self._num_places, self._may_shrink = num_ranks, num_places, may_shrink
         self._is_dead = is_dead or Deaths()
         self._clock = clock
         self._number = 0
@@ -109,7 +115,7 @@ class Rendezvous:
             self._waiting.pop(place, None)
             return {"number": self._number, "outcome": self._outcome}
         if not (self._number > past and card["name"] in self._names()):
-            self._note(card)
+            self._note(card, past)
             if self._number >= past:  # else its members are not known here yet
                 self._form_if_complete()
         news = {"members": self._members} if self._number > past else {}
@@ -137,7 +143,7 @@ class Rendezvous:
         if self._number != number:
             return answer
         self._ended[rank] = outcome
-        if self._outcome is None and len(self._ended) == self._num_ranks:
+        if self._outcome is None and len(self._ended) == len(self._members):
             self._outcome = self._ended[0]
         if self._outcome is None:
             answer["is_broken"] = self._is_broken()
@@ -145,14 +151,18 @@ class Rendezvous:
             answer["outcome"] = self._outcome
         return answer
 
-    def is_over(self, number: int) -> dict[str, Any]:
-        """Say whether a generation has lost a rank, which those that wait for it may not notice.
+    def outlook(self, number: int) -> dict[str, Any]:
+        """What a generation may not notice by itself.
 
         Returns:
-            ``number`` as in `join`, ``is_over``.
+            ``number`` as in `join`; ``is_over``: it has lost a rank, for which the others may wait; ``may_grow``: it
+            has fewer ranks than there could be, and a process waits that is ready to be one.
         """
-        is_over = self._number == number and self._outcome is None and self._is_broken()
-        return {"number": self._number, "is_over": is_over}
+        is_newest = self._number == number and self._outcome is None
+        is_over = is_newest and self._is_broken()
+        is_short = is_newest and not is_over and len(self._members) < self._num_ranks
+        may_grow = is_short and any(self._waiting[card["place"]].past == number for card in self._newcomers())
+        return {"number": self._number, "is_over": is_over, "may_grow": may_grow}
 
     def outcome(self) -> bytes | None:
         """What the run has come to, once all ranks are done."""
@@ -187,11 +197,11 @@ class Rendezvous:
     def _names(self) -> set[str]:
         return {card["name"] for card in self._members.values()}
 
-    def _note(self, card: Card) -> None:
+    def _note(self, card: Card, past: int) -> None:
         place, now_s = card["place"], self._clock()
         known = self._waiting.get(place)
         since_s = known.since_s if known is not None and known.card["name"] == card["name"] else now_s
-        self._waiting[place] = _Waiting(card, since_s, now_s)
+        self._waiting[place] = _Waiting(card, since_s, now_s, past)
         if self._ranks.get(place, (card["name"], 0))[0] != card["name"]:
             del self._ranks[place]  # of a process that is gone
 
@@ -200,6 +210,10 @@ class Rendezvous:
         recent_s = self._clock() - _RECENT_S
         waiting = sorted(self._waiting.values(), key=lambda each: each.since_s)
         return [each.card for each in waiting if each.asked_s > recent_s]
+
+    def _newcomers(self) -> list[Card]:
+        """Those of them that are no members."""
+        return [card for card in self._present() if card["name"] not in self._names() and not self._is_dead(card)]
 
     def _gathers(self) -> bool:
         """Whether the members of the newest generation do not train together any more, or there are none."""
@@ -247,6 +261,8 @@ class Rendezvous:
         ranks = {rank: card for rank, card in self._members.items() if card["name"] in names}
         if not all(rank in ranks or self._is_gone(card) for rank, card in self._members.items()):
             return None
-        others = [card for card in present if card["name"] not in self._names() and not self._is_dead(card)]
-        free = [rank for rank in self._members if rank not in ranks]
-        return ranks | dict(zip(free, others, strict=False)) if len(others) >= len(free) else None
+        free = [rank for rank in range(self._num_ranks) if rank not in ranks]
+        chosen = ranks | dict(zip(free, self._newcomers(), strict=False))
+        if len(chosen) == self._num_ranks:
+            return chosen
+        return dict(enumerate(card for _, card in sorted(chosen.items()))) if ranks and self._may_shrink else None

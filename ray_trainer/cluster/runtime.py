@@ -138,12 +138,14 @@ class RayRuntime:
         """Tell Ray of a checkpoint that lies in the run's directory already.
 
         Ray turns values that are not finite into null, and dies of numpy scalars; it gets neither. It waits for the
-        report of each of its workers, so with spares it gets to know at the end of the run, or at the next start.
+        report of each of its workers, so where some do not train it gets to know at the end of the run, or at the
+        next start.
         """
-        if ray.train.get_context().get_world_size() > distributed.world_size():
+        context = ray.train.get_context()
+        if context.get_world_size() > distributed.world_size():
             return
         checkpoint = None
-        if distributed.rank() == 0:
+        if context.get_world_rank() == 0:  # other ranks of ours may be where the others are
             path = self._context.build_checkpoint_path_from_name(uri.rstrip("/").rsplit("/", 1)[-1])
             checkpoint = ray.train.Checkpoint(path=path, filesystem=self._context.storage_filesystem)
         plain = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

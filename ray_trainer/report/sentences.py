@@ -11,7 +11,9 @@ LONGEST = 600
 _KINDS = {
     "start": ("run_started", "workers_started", "run_finished", "interrupted", "sweep_started", "sweep_ended"),
     "checkpoint": ("checkpoint_saved",),
-    "recovery": ("resumed", "rejoined", "rolled_back", "head_back", "sweep_resumed", "trial_took_over", "initialised"),
+    "recovery": (
+        "resumed", "rejoined", "resized", "rolled_back", "head_back", "sweep_resumed", "trial_took_over", "initialised",
+    ),
     "trouble": (
         "failure", "waiting_for_room", "spare_lost", "hang", "corruption", "preempted", "controller_lost", "head_lost",
         "checkpoint_failed", "checkpoint_rejected", "out_of_memory", "batch_failed",

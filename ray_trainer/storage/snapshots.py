@@ -78,7 +78,9 @@ class ProcessMemory:
     Attributes:
         kept: its state, if it was whole.
         story: when it was lost and how the ranks found together again; plain.
+        may_grow: there are fewer ranks than there could be, and a process waits to join.
     """
 
     kept: KeptState | None = None
+    may_grow: bool = False
     story: dict[str, Any] = field(default_factory=dict)

@@ -42,7 +42,7 @@ def places() -> dict[str, set[str]]:
 
 
 def test_meeting_point_link_and_keeper_are_beside_the_driver(nodes):
-    opened = [open_rendezvous(2, 0), open_link(), open_keeper()]
+    opened = [open_rendezvous(2, 0, may_shrink=False), open_link(), open_keeper()]
     ray.get([actor.__ray_ready__.remote() for actor in opened])
 
     driver = {ray.get_runtime_context().get_node_id()}

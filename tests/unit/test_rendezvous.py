@@ -12,8 +12,8 @@ ASKS_EVERY_S = 0.1
 class Workers:
     """Processes in the places of Ray's workers, that ask as real ones do, and those of them that are dead."""
 
-    def __init__(self, num_ranks: int, num_spares: int = 0) -> None:
-        self.num_ranks, self.num_spares = num_ranks, num_spares
+    def __init__(self, num_ranks: int, num_spares: int = 0, may_shrink: bool = False) -> None:
+        self.num_ranks, self.num_spares, self.may_shrink = num_ranks, num_spares, may_shrink
         self.now_s = 100.0
         self.dead: set[str] = set()
         self.known: dict[str, tuple[int, dict[int, Any]]] = {}  # by name: what it knows of the newest generation
@@ -23,7 +23,7 @@ class Workers:
     def start_rendezvous(self) -> None:
         num_places = self.num_ranks + self.num_spares
         self.rendezvous = Rendezvous(
-            self.num_ranks, num_places, lambda card: card["name"] in self.dead, lambda: self.now_s
+            self.num_ranks, num_places, self.may_shrink, lambda card: card["name"] in self.dead, lambda: self.now_s
         )
 
     def ask(self, *names: str, rounds: int = 3) -> None:
@@ -239,7 +239,7 @@ def test_generation_is_over_once_a_member_is_dead_or_replaced_and_not_when_all_a
     workers.ask("1a", "0a")
 
     def over(number: int) -> bool:
-        return workers.rendezvous.is_over(number)["is_over"]
+        return workers.rendezvous.outlook(number)["is_over"]
 
     assert not over(1)
 
@@ -265,6 +265,90 @@ def test_meeting_point_that_starts_anew_while_all_train_learns_from_who_listens_
     workers.dead.add("1a")
     workers.ask("1b")
 
-    assert workers.rendezvous.is_over(number) == {"number": 0, "is_over": False}  # so that the caller tells it
+    assert not workers.rendezvous.outlook(number)["is_over"]
+    assert workers.rendezvous.outlook(number)["number"] == 0  # so that the caller tells it
     workers.rendezvous.remember(number, members)
-    assert workers.rendezvous.is_over(number) == {"number": number, "is_over": True}
+    assert workers.rendezvous.outlook(number) == {"number": number, "is_over": True, "may_grow": False}
+
+
+def three_that_may_shrink(num_spares: int = 0) -> Workers:
+    workers = Workers(3, num_spares, may_shrink=True)
+    spares = [f"{3 + spare}a" for spare in range(num_spares)]
+    workers.ask(*spares, "2a", "1a", "0a")
+    workers.ask(*spares)
+    assert workers.generation("0a") == (1, ["0a", "1a", "2a"])
+    return workers
+
+
+def test_survivors_go_on_without_the_dead_where_any_number_of_ranks_does():
+    workers = three_that_may_shrink()
+    workers.dead.add("1a")
+
+    workers.ask("0a")
+    assert workers.generation("0a")[0] == 1  # the other survivor has the state as well, or trains
+    workers.ask("2a", "0a")
+
+    assert workers.generation("0a") == workers.generation("2a") == (2, ["0a", "2a"])
+
+
+def test_group_grows_once_a_newcomer_is_ready_and_not_before():
+    workers = three_that_may_shrink()
+    workers.dead.add("0a")
+    workers.ask("1a", "2a")
+    assert workers.rendezvous.outlook(2) == {"number": 2, "is_over": False, "may_grow": False}
+
+    workers.ask("0b", rounds=1)  # learns that it is not waited for, and prepares itself
+    assert not workers.answers["0b"]["gathers"]
+    assert not workers.rendezvous.outlook(2)["may_grow"]
+
+    workers.ask("0b")
+    assert workers.rendezvous.outlook(2)["may_grow"]
+    assert not workers.rendezvous.outlook(1)["may_grow"]
+    workers.ask("2a", "1a", "0b")
+    assert workers.generation("0b") == workers.generation("1a") == (3, ["1a", "2a", "0b"])
+    assert not workers.rendezvous.outlook(3)["may_grow"]
+
+
+def test_newcomer_that_dies_while_the_survivors_come_for_it_is_not_waited_for():
+    workers = three_that_may_shrink()
+    workers.dead.add("1a")
+    workers.ask("2a", "0a")
+    workers.ask("1b")
+    workers.dead.add("1b")
+    assert not workers.rendezvous.outlook(2)["may_grow"]
+
+    workers.ask("0a", "2a")
+
+    assert workers.generation("0a") == (3, ["0a", "2a"])
+
+
+def test_short_group_ends_the_run_and_latecomers_learn_of_it():
+    workers = three_that_may_shrink()
+    workers.dead |= {"0a", "1a"}
+    workers.ask("2a")
+    assert workers.generation("2a") == (2, ["2a"])
+
+    assert workers.end("2a")[0]["outcome"] == b"outcome of 0"
+    workers.ask("1b", rounds=1)
+    assert workers.answers["1b"]["outcome"] == b"outcome of 0"
+
+
+def test_spare_keeps_the_group_from_shrinking_and_is_not_awaited_by_a_full_one():
+    workers = three_that_may_shrink(num_spares=1)
+    assert not workers.rendezvous.outlook(1)["may_grow"]
+    workers.dead.add("1a")
+
+    workers.ask("3a", "0a", "2a")
+
+    assert workers.generation("0a") == (2, ["0a", "3a", "2a"])
+
+
+def test_all_dead_wait_for_each_other_although_fewer_could_train():
+    workers = three_that_may_shrink()
+    workers.dead |= {"0a", "1a", "2a"}
+
+    workers.ask("0b", "1b")
+    assert workers.generation("0b") == (1, ["0a", "1a", "2a"])
+
+    workers.ask("0b", "1b", "2b")
+    assert workers.generation("0b") == (2, ["0b", "1b", "2b"])
