@@ -258,3 +258,18 @@ def assert_same_run(whole: Path, other: Path) -> None:
 def assert_each_row_once(run_dir: Path) -> None:
     keys = [(row["split"], row["step"]) for row in metric_rows(run_dir)]
     assert len(keys) == len(set(keys))
+
+
+@contextmanager
+def stopped_controllers() -> Iterator[None]:
+    """Ray's controllers stand still inside, as one does that waits for a worker for which there is no room."""
+    pids = [pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::TrainController")]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)

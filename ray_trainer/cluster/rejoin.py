@@ -181,6 +181,7 @@ class _Member:
             "actor": ray.get_runtime_context().current_actor,
             "address": (ray.util.get_node_ip_address(), self._store.port),
         }
+        self._is_warm = False
         self._rank = -1
         self._number = 0  # of the newest generation that is known here
         self._cards: dict[int, Card] = {}  # of its members
@@ -272,8 +273,9 @@ class _Member:
                 if self._rank >= 0:
                     return None
             if not answer.get("gathers", True):
-                if "is_spare" not in self.memory.story:
-                    self.memory.story["is_spare"] = True
+                if not self._is_warm:
+                    self._is_warm = True
+                    self.memory.story["is_spare"] = self._way.num_spares > 0
                     self._warm_up()
                     gc.collect()
                     gc.freeze()
@@ -312,8 +314,6 @@ class _Member:
         num_ranks = len(self._cards)
         os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(num_ranks))
         shared = PrefixStore(f"generation-{self._number}", store)
-        dist.init_process_group(
-            "gloo", store=shared, rank=self._rank, world_size=num_ranks, timeout=_FORMS_WITHIN
-        )
+        dist.init_process_group("gloo", store=shared, rank=self._rank, world_size=num_ranks, timeout=_FORMS_WITHIN)
         self._connections = connections_between_ranks(before)
         distributed.set_patience(self._way.patience_s)

@@ -1,8 +1,9 @@
-"""How long a run stands still when a worker is killed: a spare takes over, it is replaced, or all start again.
+"""How long a run stands still when a worker is killed: all start again, it is replaced, a spare takes over, or the
+others train on without it.
 
 Run it with ``python tests/benchmarks/recovery_time.py [--rank 0] [--rounds 3]``. Two workers train a network of 25
 million parameters with AdamW and save every ten steps; one gets SIGKILL from outside. Printed are seconds from it on,
-for the three ways in turn, on the same machine: until somebody noticed, until all workers were there again, until they
+for the four ways in turn, on the same machine: until somebody noticed, until all workers were there again, until they
 had the state, and until the first step that had not been done before; and how many steps were done twice.
 """
 
@@ -24,7 +25,13 @@ from ray_trainer import Experiment, TaskSpec, TrainingConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 WIDTH, BLOCKS, CLASSES = 512, 12, 10
 KILL_AT_STEP, LAST_STEP = 25, 40
-WAYS = {"all again": {"in_job_recovery": False}, "in place": {}, "a spare": {"spare_workers": 1}}
+#: Settings of cluster and training.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "all again": ({"in_job_recovery": False}, {}),
+    "in place": ({}, {}),
+    "a spare": ({"spare_workers": 1}, {}),
+    "without it": ({}, {"determinism": "elastic"}),
+}
 
 
 class Points(Dataset):
@@ -52,10 +59,11 @@ experiment = Experiment(
 )
 
 
-def measure(directory: Path, rank: int, way: dict[str, Any]) -> dict[str, float]:
+def measure(directory: Path, rank: int, way: str) -> dict[str, float]:
     """Seconds from the kill on, by phase, and the steps that were done twice."""
     from cluster_runs import kill, training, whole_lines, write_run_file  # imports Ray, which workers have
 
+    of_cluster, of_training = WAYS[way]
     run_file = write_run_file(
         directory / "run.yaml",
         experiment=f"{Path(__file__).resolve()}:experiment",
@@ -66,13 +74,14 @@ def measure(directory: Path, rank: int, way: dict[str, Any]) -> dict[str, float]
             "log_every_n_steps": 1,
             "tensorboard": False,
             "keep_last_n": 2,
+            **of_training,
         },
         cluster={
             "num_workers": 2,
             "resources_per_worker": {"CPU": 0.5},  # so that three find room on two cores; one thread each
             "name": "run",
             "storage_path": str(directory),
-            **way,
+            **of_cluster,
         },
     )
     with training(run_file) as command:
@@ -83,10 +92,15 @@ def measure(directory: Path, rank: int, way: dict[str, Any]) -> dict[str, float]
         done = whole_lines(command.run_dir / "metrics.jsonl")[-1]["step"]
         assert command.wait() == 0, command.output
     rows = {row["step"]: row["time"] for row in whole_lines(command.run_dir / "metrics.jsonl")}
-    events = {row["event"]: row for row in whole_lines(command.run_dir / "events.jsonl")}
+    events: dict[str, dict[str, Any]] = {}
+    for row in whole_lines(command.run_dir / "events.jsonl"):
+        if row["time"] > killed_at:
+            events.setdefault(row["event"], row)
     resumed, rejoined = events["resumed"], events.get("rejoined")
-    assert ("rejoined" in events) == way.get("in_job_recovery", True)
-    assert (rejoined["by_spares"] if rejoined else []) == [rank] * ("spare_workers" in way)
+    assert ("rejoined" in events) == (way != "all again")
+    if rejoined:
+        assert rejoined["replaced"] == [rank] * (way != "without it")
+        assert rejoined["by_spares"] == [rank] * (way == "a spare")
     there = rejoined["noticed_at"] + rejoined["waited_s"] if rejoined else events["workers_started"]["time"]
     return {
         "noticed": (rejoined["noticed_at"] if rejoined else events["failure"]["time"]) - killed_at,
@@ -104,9 +118,9 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(arguments.rounds):
-        for way, settings in WAYS.items():
+        for way in WAYS:
             with tempfile.TemporaryDirectory() as directory:
-                found[way].append(measure(Path(directory), arguments.rank, settings))
+                found[way].append(measure(Path(directory), arguments.rank, way))
     medians = {
         way: {name: statistics.median(each[name] for each in runs) for name in runs[0]} for way, runs in found.items()
     }

@@ -1,11 +1,9 @@
 """A worker that is killed is replaced alone: the others stay, no step is lost or done twice, whatever comes next."""
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from cluster_runs import (
     descendants,
     kill,
     ray_of_two_cpus,
+    stopped_controllers,
     training,
     whole_lines,
 )
@@ -117,21 +116,6 @@ def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_p
 
 def worker_pids() -> set[int]:
     return {pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::RayTrainWorker")}
-
-
-@contextmanager
-def stopped_controllers() -> Iterator[None]:
-    """Ray's controllers stand still inside, as one does that waits for a worker for which there is no room."""
-    pids = [pid for pid in descendants(os.getpid()) if command_line(pid).startswith("ray::TrainController")]
-    assert pids
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def test_spares_take_the_place_of_the_dead_and_their_own_deaths_disturb_nobody(tmp_path: Path, whole: Path) -> None:
