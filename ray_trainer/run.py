@@ -56,7 +56,20 @@ class Run:
         recorder: Recorder,
         safeguards: Safeguards,
         hooks: HookCaller,
+        interruption: Stop = Stop.NONE,
     ) -> None:
+        """Take the parts.
+
+        Args:
+            config: how to train.
+            setup: what was decided.
+            loop: runs steps.
+            validation: measures the model.
+            recorder: of metrics.
+            safeguards: of the state.
+            hooks: of the user.
+            interruption: there is nothing to do any more but to save.
+        """
         self._limits = setup.limits
         self._sources = setup.sources
         self._loop = loop
@@ -71,13 +84,14 @@ class Run:
         self._rollback = safeguards.rollback
         self._replicas = safeguards.replicas
         self._has_gone_back = False
-        self.interruption = Stop.NONE
+        self.interruption = interruption
 
     def execute(self) -> None:
         """Train to the end, to an early stop or to an interruption. Collective."""
         try:
             self._compare_replicas(is_saved=True)
-            self._catch_up()
+            if self.interruption is Stop.NONE:
+                self._catch_up()
             self._loop.restart_clock()
             with pulse.measured(not self._is_alone):
                 self._train()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ray_trainer import distributed
-from ray_trainer.checkpoint import LoadedCheckpoint, Manifest
+from ray_trainer.checkpoint import LoadedCheckpoint, Tier
 from ray_trainer.config import TrainingConfig
 from ray_trainer.continuation import DataChange, accept_changes, data_record, saved_progress
 from ray_trainer.data import UniversalDataModule
@@ -172,12 +172,17 @@ def bad_data_policy(config: TrainingConfig, task_spec: TaskSpec | None, collate_
     return BadDataPolicy(config.on_bad_data, config.max_bad_ratio, columns)
 
 
-def choose_global_batch_size(config: TrainingConfig, saved: Manifest | None) -> int:
+def choose_global_batch_size(config: TrainingConfig, saved: LoadedCheckpoint | None) -> int:
     """Samples of one step over all ranks; that of the checkpoint where the configuration leaves it open.
+
+    A run that goes on from a survivor has decided before, and may have fewer ranks than it is meant to have.
 
     Raises:
         ConfigError: it is given, and differs from the checkpoint's or from what else is given.
     """
+    kept = saved.manifest.global_batch_size if saved else None
+    if saved is not None and saved.tier is Tier.SURVIVOR and kept is not None:
+        return kept
     ranks = distributed.world_size()
     implied = config.batch_size * config.gradient_accumulation_steps * ranks
     given = config.global_batch_size
@@ -188,7 +193,6 @@ def choose_global_batch_size(config: TrainingConfig, saved: Manifest | None) -> 
             "accumulation follows from the global batch."
         )
     wanted = given or implied
-    kept = saved.global_batch_size if saved else None
     if kept is None or kept == wanted:
         return wanted
     if given is not None:

@@ -199,7 +199,7 @@ class Trainer:
     def _set_up(self, train_data: Any, val_data: Any, saved: LoadedCheckpoint | None) -> Setup:
         """Find whatever is wrong with data and configuration before anything is written."""
         config = self.training_config
-        global_batch_size = choose_global_batch_size(config, saved.manifest if saved else None)
+        global_batch_size = choose_global_batch_size(config, saved)
         data = UniversalDataModule(
             train_data,
             val_data,
@@ -337,7 +337,9 @@ class Trainer:
         every_n_steps = self.training_config.compare_replicas_every_n_steps
         replicas = Replicas(every_n_steps, self.model, self.progress, rewind)
         safeguards = Safeguards(saver, rollback, replicas)
-        return Run(self.training_config, setup, loop, validation, recorder, safeguards, self._hooks)
+        survivor = self.runtime.survivor
+        interruption = Stop.NONE if survivor is None else Stop(survivor.stop)
+        return Run(self.training_config, setup, loop, validation, recorder, safeguards, self._hooks, interruption)
 
     def _results(self, monitor: str) -> dict[str, Any]:
         history = self.metrics_tracker.metrics_history

@@ -37,6 +37,7 @@ from ray_trainer.cluster.link import beside_driver
 from ray_trainer.cluster.rendezvous import Card
 from ray_trainer.cluster.replacement import missing_interface
 from ray_trainer.config import TrainingConfig
+from ray_trainer.runtime import Stop
 from ray_trainer.storage.snapshots import ProcessMemory
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,10 @@ class Rejoining:
             return None
         return None if told is None else pickle.loads(told)
 
+    def stop(self, stop: Stop) -> None:
+        """Let survivors that wait for others save what they have, and end."""
+        self.rendezvous.stop.remote(int(stop))
+
     def end_controller(self) -> None:
         """End Ray's controller of the run."""
         with suppress(ray.exceptions.RayError):
@@ -204,6 +209,7 @@ class _Member:
             else:
                 self.memory.story["formed_at"] = time.time()
                 self.memory.may_grow = False
+                self.memory.stop = max(card.get("stop", 0) for card in self._cards.values())
                 self._left = threading.Event()
                 threading.Thread(
                     target=self._listen, args=(self._left,), name="ray-trainer-rejoin", daemon=True

@@ -65,7 +65,8 @@ class Rendezvous:
     state, or trains.
 
     Where training can go on with any number of ranks, survivors do not wait for those that are missing. Their ranks are
-    numbered anew then, and a process that has come meanwhile joins them in a generation after that.
+    numbered anew then, and a process that has come meanwhile joins them in a generation after that. Elsewhere they do
+    so only to save what they have, once the run is to stop.
 
     The actor forgets everything when it dies, and needs nothing of it: whoever waits asks again and again, and knows
     who the members of the last generation are. Where nobody does, all workers have to be here, so none trains.
@@ -97,6 +98,7 @@ class Rendezvous:
         self._outcome: bytes | None = None
         self._complete_s: float | None = None
         self._controller: ActorHandle | None = None
+        self._stop = 0
 
     def join(self, card: Card, past: int) -> dict[str, Any]:
         """Ask for the next generation, again and again; who has not asked of late counts as gone.
@@ -163,6 +165,13 @@ class Rendezvous:
         is_short = is_newest and not is_over and len(self._members) < self._num_ranks
         may_grow = is_short and any(self._waiting[card["place"]].past == number for card in self._newcomers())
         return {"number": self._number, "is_over": is_over, "may_grow": may_grow}
+
+    def stop(self, stop: int) -> None:
+        """Learn that the run is to stop, and why: who has survived waits for nobody any more.
+
+        A generation that has fewer ranks only because of that finds it as ``stop`` in its cards, and must not train.
+        """
+        self._stop = stop
 
     def outcome(self) -> bytes | None:
         """What the run has come to, once all ranks are done."""
@@ -265,4 +274,7 @@ class Rendezvous:
         chosen = ranks | dict(zip(free, self._newcomers(), strict=False))
         if len(chosen) == self._num_ranks:
             return chosen
-        return dict(enumerate(card for _, card in sorted(chosen.items()))) if ranks and self._may_shrink else None
+        if not ranks or not (self._may_shrink or self._stop):
+            return None
+        stop = 0 if self._may_shrink else self._stop
+        return dict(enumerate(card | {"stop": stop} for _, card in sorted(chosen.items())))

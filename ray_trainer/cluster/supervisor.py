@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
 _ASK_EVERY_S = 10.0
+_ASK_OFTEN_S = 1.0  # once the run is to stop: Ray's controller may wait for room all the while
 _LEAVES = "a node of the run is going to be taken away; all workers have saved and go on elsewhere"
 
 
@@ -75,7 +76,7 @@ class _Start:
         self._watch = watch
         self._ended: Outcome | BaseException | None = None
         self._told: Outcome | None = None
-        self._asks_at_s = 0.0
+        self._asked_s = 0.0
         self._group: str | None = None
 
     def wait(self) -> Outcome | BaseException:
@@ -99,9 +100,10 @@ class _Start:
 
     def _outcome_without_ray(self) -> Outcome | None:
         """What the workers have said a while ago, if Ray's controller does not: it waits for one that died."""
-        if self._rejoining is None or time.monotonic() < self._asks_at_s:
+        every_s = _ASK_EVERY_S if self._watch.wish() is Stop.NONE else _ASK_OFTEN_S
+        if self._rejoining is None or time.monotonic() < self._asked_s + every_s:
             return None
-        self._asks_at_s = time.monotonic() + _ASK_EVERY_S
+        self._asked_s = time.monotonic()
         before, self._told = self._told, self._rejoining.outcome()
         if before is None or self._told is None:
             return None
@@ -117,6 +119,9 @@ class _Start:
             self._ended = error
 
     def _exchange(self) -> None:
+        wish = self._watch.wish()
+        if self._rejoining is not None and wish is not Stop.NONE:
+            self._rejoining.stop(wish)  # again and again: it forgets all when it starts anew
         for event in exchange(self._link, self._watch):
             if event["event"] == RESERVED:
                 self._group = event["group"]

@@ -92,7 +92,9 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     def train(survivor: ProcessMemory | None) -> Outcome:
         with distributed.membership():
             if survivor is not None:
-                SurvivorTier(survivor).share()  # a newcomer gets it while it imports
+                shared = SurvivorTier(survivor).share()  # a newcomer gets it while it imports
+                if survivor.stop and shared is None:
+                    return Outcome(results=None, error=None, stop=Stop(survivor.stop))  # there is nothing to save
             imports.join()
             return _train(job, datasets(), survivor)
 

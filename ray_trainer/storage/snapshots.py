@@ -78,9 +78,11 @@ class ProcessMemory:
     Attributes:
         kept: its state, if it was whole.
         story: when it was lost and how the ranks found together again; plain.
+        stop: why the run must not train any more, but for what it has to save; 0 if it may.
         may_grow: there are fewer ranks than there could be, and a process waits to join.
     """
 
     kept: KeptState | None = None
+    stop: int = 0
     may_grow: bool = False
     story: dict[str, Any] = field(default_factory=dict)

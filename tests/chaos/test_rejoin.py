@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ from experiments import events
 from mortal_experiment import LAST_STEP, experiment_of
 
 from ray_trainer import TrainingConfig
-from ray_trainer.cluster import ClusterConfig, fit
+from ray_trainer.checkpoint.catalog import list_checkpoints
+from ray_trainer.cluster import ClusterConfig
+from ray_trainer.cluster.launch import fit_watched
+from ray_trainer.cluster.watching import NoDisplay, Watch, user
+from ray_trainer.runtime import Stop
+from ray_trainer.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -71,7 +77,9 @@ def test_run_that_loses_each_rank_in_turn_ends_as_the_undisturbed_one(tmp_path: 
     assert_same_run(undisturbed, command.run_dir)
 
 
-def fit_with_deaths(directory: Path, *deaths: str, **cluster_settings: Any) -> Path:
+def fit_with_deaths(
+    directory: Path, *deaths: str, watching: AbstractContextManager[Watch] | None = None, **cluster_settings: Any
+) -> Path:
     """The directory of a run of three workers in which each of these deaths came true."""
     graves = directory / "graves"
     graves.mkdir(parents=True, exist_ok=True)
@@ -85,7 +93,8 @@ def fit_with_deaths(directory: Path, *deaths: str, **cluster_settings: Any) -> P
         max_failures=20,
         **{"resources_per_worker": {"CPU": 0.5}, **cluster_settings},
     )
-    result = fit(experiment_of(), training, cluster, {"graves": str(graves)})
+    values = {"graves": str(graves)}
+    result = fit_watched(experiment_of(), training, cluster, values, watching or user(NoDisplay()))
     assert list(graves.iterdir()) == []
     return Path(result.run_dir)
 
@@ -163,3 +172,39 @@ def test_spares_take_the_place_of_the_dead_and_their_own_deaths_disturb_nobody(t
     assert ["rank 1: " in " ".join(failures), "rank 2: " in " ".join(failures)] == [True, False]
     assert len(events(struck, "spare_lost")) == 1
     assert_same_run(whole, struck)
+
+
+class Following:
+    """Somebody who follows a run and may end it."""
+
+    stop = Stop.NONE
+
+    def wish(self) -> Stop:
+        return self.stop
+
+    def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
+        pass
+
+
+def test_survivors_that_wait_for_another_one_save_when_the_run_is_to_stop(tmp_path: Path, whole: Path) -> None:
+    hold = tmp_path / "graves" / "hold_after_step_8"
+    hold.parent.mkdir()
+    hold.touch()
+    run_dir = tmp_path / "mortal"
+    follower = Following()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(fit_with_deaths, tmp_path, "after_step_9-rank1", watching=nullcontext(follower))
+        while not any(row["step"] == 8 for row in whole_lines(run_dir / "metrics.jsonl")):
+            assert not running.done(), running.result()
+            time.sleep(0.05)
+        with stopped_controllers():  # nobody comes
+            hold.unlink()
+            while (tmp_path / "graves" / "after_step_9-rank1").exists():
+                time.sleep(0.05)
+            follower.stop = Stop.SIGTERM
+            with pytest.raises(SystemExit, match="143"):
+                running.result()
+
+    assert list_checkpoints(Storage.open(str(run_dir)))[-1].step == 9
+    assert [event["by"] for event in events(run_dir, "interrupted")] == ["SIGTERM"]
+    assert_same_run(whole, fit_with_deaths(tmp_path))

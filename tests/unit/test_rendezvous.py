@@ -352,3 +352,38 @@ def test_all_dead_wait_for_each_other_although_fewer_could_train():
 
     workers.ask("0b", "1b", "2b")
     assert workers.generation("0b") == (2, ["0b", "1b", "2b"])
+
+
+def test_survivors_wait_for_nobody_once_the_run_is_to_stop_and_know_that_they_must_not_train():
+    workers = Workers(3)
+    workers.ask("0a", "1a", "2a")
+    workers.dead.add("1a")
+    workers.ask("0a", "2a")
+    assert workers.generation("0a") == (1, ["0a", "1a", "2a"])
+
+    workers.rendezvous.stop(2)
+    workers.ask("0a", "2a")
+
+    assert workers.generation("0a") == (2, ["0a", "2a"])
+    assert [card["stop"] for card in workers.known["2a"][1].values()] == [2, 2]
+    assert [answer["is_broken"] for answer in workers.end("0a", "2a")] == [False, False]
+    assert workers.rendezvous.outcome() == b"outcome of 0"
+
+
+def test_run_that_is_to_stop_and_is_complete_does_so_by_itself():
+    workers = Workers(2)
+    workers.rendezvous.stop(3)
+
+    workers.ask("0a", "1a")
+
+    assert not any("stop" in card for card in workers.known["0a"][1].values())
+
+
+def test_fewer_that_may_train_do_so_until_they_hear_of_the_stop_themselves():
+    workers = three_that_may_shrink()
+    workers.rendezvous.stop(2)
+    workers.dead.add("0a")
+
+    workers.ask("1a", "2a")
+
+    assert [card["stop"] for card in workers.known["1a"][1].values()] == [0, 0]
