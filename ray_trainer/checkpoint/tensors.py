@@ -58,7 +58,7 @@ def tensor_image(name: str, tensors: Mapping[str, torch.Tensor]) -> FileImage:
     return FileImage(name, (head, *(tensor for _, tensor in by_alignment)))
 
 
-def read_tensors(blocks: Iterable[bytes], size_bytes: int, name: str) -> dict[str, torch.Tensor]:
+def read_tensors(blocks: Iterable[bytes | memoryview], size_bytes: int, name: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, each in memory of its own, filled as the bytes arrive.
 
     Args:
@@ -84,7 +84,7 @@ def read_tensors(blocks: Iterable[bytes], size_bytes: int, name: str) -> dict[st
 class _Stream:
     """Blocks of bytes, taken in other portions than they come in."""
 
-    def __init__(self, blocks: Iterable[bytes]) -> None:
+    def __init__(self, blocks: Iterable[bytes | memoryview]) -> None:
         self._blocks = iter(blocks)
         self._rest = memoryview(b"")
         self.position = 0

@@ -31,7 +31,7 @@ def content_problem(checkpoint: Storage, name: str, entry: FileEntry) -> str | N
 
 
 @contextmanager
-def checked(checkpoint: Storage, name: str, entry: FileEntry) -> Iterator[Iterator[bytes]]:
+def checked(checkpoint: Storage, name: str, entry: FileEntry) -> Iterator[Iterator[bytes | memoryview]]:
     """The content of a file, read once: what was read is what was checked when the block ends.
 
     Raises:
@@ -39,7 +39,7 @@ def checked(checkpoint: Storage, name: str, entry: FileEntry) -> Iterator[Iterat
     """
     digest = xxhash.xxh3_128()
 
-    def hashed() -> Iterator[bytes]:
+    def hashed() -> Iterator[bytes | memoryview]:
         for block in checkpoint.blocks(name):
             digest.update(block)
             yield block
@@ -57,7 +57,7 @@ def checked(checkpoint: Storage, name: str, entry: FileEntry) -> Iterator[Iterat
     _check_rest(name, entry, blocks, digest)
 
 
-def _check_rest(name: str, entry: FileEntry, blocks: Iterator[bytes], digest: xxhash.xxh3_128) -> None:
+def _check_rest(name: str, entry: FileEntry, blocks: Iterator[bytes | memoryview], digest: xxhash.xxh3_128) -> None:
     for _ in blocks:
         pass
     if digest.hexdigest() != entry.xxh3_128:

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from ray_trainer.storage.snapshots import ProcessMemory
 from ray_trainer.task import Experiment
 from ray_trainer.trainer import Trainer
 from ray_trainer.users_code import users_line
+
+_SWITCH_EVERY_S = 0.0005  # between threads, while one of them imports: others wait for messages
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,14 @@ def _begin_imports() -> threading.Thread:
 
     `DistributedDataParallel` and the optimizer import ``torch._dynamo``, which takes as long as torch itself.
     """
+    before_s = sys.getswitchinterval()
 
     def work() -> None:
         with suppress(Exception):  # it comes again when it is needed, and is told then
             importlib.import_module("torch._dynamo")
+        sys.setswitchinterval(before_s)
+
+    sys.setswitchinterval(_SWITCH_EVERY_S)
 
     imports = threading.Thread(target=work, name="ray-trainer-imports", daemon=True)
     imports.start()

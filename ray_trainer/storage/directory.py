@@ -158,7 +158,7 @@ class Storage:
         """The content of a file; ``FileNotFoundError`` if there is none."""
         return b"".join(self.blocks(name, block_bytes=-1))
 
-    def blocks(self, name: str, block_bytes: int = _BLOCK_BYTES) -> Iterator[bytes]:
+    def blocks(self, name: str, block_bytes: int = _BLOCK_BYTES) -> Iterator[bytes | memoryview]:
         """The content of a file, piece by piece; one piece if ``block_bytes`` is negative."""
         path = self._at(name)
         reader = PatientReader(lambda position: self._open_at(path, position), self._patience, path)
