@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         end = follow(client, submission.id, _write, wish)
     if end.exit_code:
         _say(f"Job {submission.id} ended with exit code {end.exit_code}. {end.reason}".rstrip())
-        _say("Give the same command again to continue its run.")
+        _say(end.advice)
     return end.exit_code
 
 

@@ -32,6 +32,13 @@ class JobEnd:
     exit_code: int
     reason: str = ""
 
+    @property
+    def advice(self) -> str:
+        """How to go on after it, unless the exit code is 0."""
+        if self.exit_code == 2:
+            return "Correct what it names, then give the command again."
+        return "Give the same command again to continue its run."
+
 
 def follow(
     client: JobSubmissionClient, submission_id: str, write: Callable[[str], None], wish: Callable[[], Stop]

@@ -30,6 +30,13 @@ def test_exit_code_of_the_training_is_handed_on(code):
     assert ending(details(JobStatus.FAILED, code), Stop.NONE).exit_code == code
 
 
+def test_who_has_to_correct_something_is_not_told_to_give_the_same_command_again():
+    wrong, failed = (ending(details(JobStatus.FAILED, code), Stop.NONE) for code in (2, 1))
+
+    assert wrong.advice == "Correct what it names, then give the command again."
+    assert failed.advice == "Give the same command again to continue its run."
+
+
 def test_job_that_was_stopped_ends_as_whoever_stopped_it():
     stopped = details(JobStatus.STOPPED)
 
