@@ -165,10 +165,10 @@ class Command:
         self._family()
         self._process.send_signal(number)
 
-    def press_ctrl_c(self) -> None:
-        """What a terminal does: SIGINT to all processes of the group."""
+    def send_to_group(self, number: signal.Signals) -> None:
+        """A signal to all processes of the group, as a terminal does after Ctrl-C and `timeout` with SIGTERM."""
         self._family()
-        os.killpg(self._process.pid, signal.SIGINT)
+        os.killpg(self._process.pid, number)
 
     def wait_until_nothing_is_left(self, but: str | None = None) -> None:
         """Until no process of the command or of its Ray, as far as they were seen, is alive.

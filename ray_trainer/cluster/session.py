@@ -11,6 +11,7 @@ import ray
 import ray.data
 
 from ray_trainer.cluster.config import ClusterConfig
+from ray_trainer.cluster.own_groups import own_process_groups
 from ray_trainer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ def ray_session(cluster: ClusterConfig, shows_output: bool = True) -> Iterator[N
 def _start(cluster: ClusterConfig, shows_output: bool) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": shows_output}
     if cluster.address is None:
-        # never the Ray that happens to be found on this machine: it may be anybody's
-        ray.init(address="local", include_dashboard=False, **options)
+        with own_process_groups():
+            # never the Ray that happens to be found on this machine: it may be anybody's
+            ray.init(address="local", include_dashboard=False, **options)
         return
     try:
         ray.init(address=cluster.address, runtime_env=_known_to_all(), **options)

@@ -89,17 +89,18 @@ def test_second_driver_is_refused_and_the_same_command_right_after_a_kill_ends_a
 
 def test_run_stopped_by_sigterm_and_by_ctrl_c_goes_on_from_its_last_step(run_file, undisturbed):
     run_dir = run_file.parent / "digits"
-    code, output = stop_after_steps(run_file, KILL_AT_STEP, lambda command: command.send(signal.SIGTERM))
+    code, output = stop_after_steps(run_file, KILL_AT_STEP, lambda command: command.send_to_group(signal.SIGTERM))
     terminated_at = step_of(newest_checkpoint(run_dir))
     assert code == 143, output
     assert "Traceback" not in output
     assert terminated_at == whole_lines(run_dir / "metrics.jsonl")[-1]["step"] >= KILL_AT_STEP
 
-    code, output = stop_after_steps(run_file, terminated_at + 10, Command.press_ctrl_c)
+    step = terminated_at + 10
+    code, output = stop_after_steps(run_file, step, lambda command: command.send_to_group(signal.SIGINT))
     interrupted_at = step_of(newest_checkpoint(run_dir))
     assert code == 130, output
     assert "Traceback" not in output
-    assert interrupted_at == whole_lines(run_dir / "metrics.jsonl")[-1]["step"] >= terminated_at + 10
+    assert interrupted_at == whole_lines(run_dir / "metrics.jsonl")[-1]["step"] >= step
 
     finish(run_file)
 

@@ -106,7 +106,7 @@ def test_command_given_again_after_ctrl_c_and_a_kill_repeats_no_trial_and_leaves
     with training(run_file, "sweep") as stopped:
         trials = stopped.run_dir / "trials"
         stopped.until(lambda: any(map(steps_of, trials.glob("trial_*"))) or None, "the first step")
-        stopped.press_ctrl_c()
+        stopped.send_to_group(signal.SIGINT)
         assert stopped.wait() == 130, stopped.output
         stopped.wait_until_nothing_is_left()
     begun = [run for run in trials.iterdir() if steps_of(run)]
