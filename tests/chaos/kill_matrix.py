@@ -10,6 +10,7 @@ an undisturbed one, to the bit, and each step of each rank must have been made o
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -129,12 +130,15 @@ class Run:
             command.wait_for_step(7)
             for phase, victim in cells:
                 fired = self.dig(command, victim, phase)
+                since = fired["time"]
                 if victim == "driver":
                     assert command.wait() == -9, command.output
+                    command.wait_until_nothing_is_left(but="ray::TrainController")  # its workers may go on for a moment
+                    since = time.time()
                     command = starts.enter_context(training(self.run_file))
                 if lost is not None:
                     lost.make_up()
-                yield self.recovery(command, victim, phase, fired)
+                yield self.recovery(command, victim, phase, fired, since)
             slow.unlink()
             assert command.wait() == 0, command.output
 
@@ -157,14 +161,14 @@ class Run:
     def fired(self) -> list[dict[str, Any]]:
         return whole_lines(self.graves / "fired.jsonl")
 
-    def recovery(self, command: Command, victim: str, phase: str, fired: dict[str, Any]) -> Death:
-        """Once the run has got further than before."""
+    def recovery(self, command: Command, victim: str, phase: str, fired: dict[str, Any], since: float) -> Death:
+        """Once the run has got further than before, with workers that started after a time."""
         completed: dict[int, float] = {}
 
         def back() -> float | None:
             for row in self.rows():  # until they are taken back, because they will be done again
                 completed.setdefault(row["step"], row["time"])
-            return next((row["time"] for row in self.events("workers_started", since=fired["time"])), None)
+            return next((row["time"] for row in self.events("workers_started", since)), None)
 
         back_at = command.until(back, "workers")
         done = max([step for step, time_s in completed.items() if time_s <= back_at] + [fired["step"]])
@@ -173,7 +177,7 @@ class Run:
             return next((row for row in self.rows() if row["step"] > done and row["time"] > back_at), None)
 
         first = command.until(new, f"a step after {done}")
-        resumed = self.events("resumed", since=fired["time"])
+        resumed = self.events("resumed", since)
         repeated = done - min((row["step"] for row in resumed), default=0)
         way = "+".join(row["tier"] for row in resumed) or "from the beginning"
         return Death(phase, victim, fired["step"], first["time"] - fired["time"], max(0, repeated), way)
