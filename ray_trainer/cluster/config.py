@@ -105,8 +105,8 @@ class ClusterConfig(Section):
     """Steps between snapshots in Ray's object store, from which workers that were restarted go on. None: none."""
     in_job_recovery: bool = True
     """Whether a worker that died is replaced alone, and the others keep process and state, so that no step is
-    lost; else all of them start again from the newest checkpoint. Always so with one worker, a range of workers, GPUs
-    or FSDP."""
+    lost (with `determinism: elastic` they train on meanwhile); else all of them start again from the newest
+    checkpoint. Always so with one worker, a range of workers, GPUs or FSDP."""
     spare_workers: CountOrZero = 0
     """Workers more that wait, with everything imported, for one of `num_workers` to die: one takes its place at once,
     and what Ray starts is the next spare. Each reserves the same as the others."""

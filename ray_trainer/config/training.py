@@ -108,7 +108,8 @@ class TrainingConfig(Section):
     determinism: Literal["world", "elastic"] = "world"
     """For what the result of a run is the same to the last bit: "world": the same number of workers; "elastic": any
     number, because micro-batches are dealt out whole and added up in one order. That exchanges gradients only after
-    the backward pass, and keeps at most global_batch_size / batch_size workers busy."""
+    the backward pass, and keeps at most global_batch_size / batch_size workers busy. Workers do not wait for one that
+    is replaced: they train on with fewer."""
     shuffle: bool = True
     """Whether each epoch has an order of its own, drawn from `random_seed`."""
     drop_last: bool = False
