@@ -240,6 +240,8 @@ class _Member:
         number, connections = self._number, self._connections
         while not left.wait(_LISTENS_EVERY_S):
             outlook = self._ask("outlook", number)
+            if left.is_set():
+                return
             self.memory.may_grow = outlook.get("may_grow", False)
             if outlook.get("is_over") and not left.wait(_NOTICES_WITHIN_S):
                 logger.warning("Rank %d waits for a rank that is lost, and hangs up.", self._rank)

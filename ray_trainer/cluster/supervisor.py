@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
 _ASK_EVERY_S = 10.0
-_ASK_OFTEN_S = 1.0  # once the run is to stop: Ray's controller may wait for room all the while
+_ASK_OFTEN_S = 3.0  # once the run is to stop: Ray's controller may wait for room all the while
 _LEAVES = "a node of the run is going to be taken away; all workers have saved and go on elsewhere"
 
 
