@@ -142,4 +142,14 @@ def _is_one_file(storage: Storage, name: str) -> bool:
 def _file_names(storage: Storage, name: str) -> list[str]:
     if _is_one_file(storage, name):
         return [name] if storage.exists(name) else []
-    return [f"{name}/{found}" for found in storage.child(name).list() if found.endswith(".jsonl")]
+    parts = [f"{name}/{found}" for found in storage.child(name).list() if found.endswith(".jsonl")]
+    return [name, *parts] if _is_copied_file(storage, name) else parts
+
+
+def _is_copied_file(storage: Storage, name: str) -> bool:
+    """Whether a run that began on a file system was copied to an object store, where its folder goes on beside it."""
+    try:
+        storage.size(name)
+    except FileNotFoundError:
+        return False
+    return True

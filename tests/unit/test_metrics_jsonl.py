@@ -248,6 +248,20 @@ def test_a_folder_copied_from_an_object_store_is_read_and_continued_locally(tmp_
     assert steps(read_rows(storage, "metrics.jsonl")) == [1, 2]
 
 
+def test_a_file_copied_to_an_object_store_is_read_and_continued_there(s3_server):
+    storage = Storage.open(f"s3://{s3_server.new_bucket()}/run")
+    storage.write("metrics.jsonl", b'{"step": 1}\n{"step": 2}\n')
+
+    assert steps(read_rows(storage, "metrics.jsonl")) == [1, 2]
+    log = JsonlLog(storage, "metrics.jsonl", 2)
+    log.rewind(lambda row: row["step"] < 2)
+    log.append({"step": 2})
+    log.append({"step": 3})
+    log.flush()
+
+    assert steps(read_rows(storage, "metrics.jsonl")) == [1, 2, 3]
+
+
 def test_metrics_rows_stand_once_after_a_resume(storage):
     first = JsonlWriter(storage, 1, clock=lambda: 1.0)
     for step in (50, 100, 150):
