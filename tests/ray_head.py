@@ -3,6 +3,7 @@
 It asks for a token, on ports of its own, so that neither another Ray on this machine nor its settings matter.
 """
 
+import json
 import os
 import secrets
 import socket
@@ -50,6 +51,11 @@ class RayHead:
         """What ``ray job stop`` sends, without the seconds that its start takes."""
         with urllib.request.urlopen(self.ask(f"/api/jobs/{submission_id}/stop", "POST"), timeout=30):
             return
+
+    def jobs(self) -> set[str]:
+        """The submission ids of the jobs that it knows of."""
+        with urllib.request.urlopen(self.ask("/api/jobs/"), timeout=30) as answer:
+            return {str(job["submission_id"]) for job in json.load(answer)}
 
     def metrics(self) -> str:
         """What Prometheus would read now."""

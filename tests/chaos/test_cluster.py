@@ -106,6 +106,7 @@ def test_job_goes_on_or_is_continued_by_the_same_command_after_the_head_was_lost
     cluster.lose_head()
     assert not saved(run, STEPS)(), "the run was over before the head was lost"
     cluster.start_head()
+    assert {"whole", "head"} <= cluster.head.jobs()  # kept outside of the head that was lost
 
     if client.wait() != 0:  # actors that Ray had put on the head are gone with it
         client = submit(cluster, runs, "head", tmp_path, "--driver-cpus", "1")
