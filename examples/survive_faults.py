@@ -66,7 +66,7 @@ def main(directory: str) -> bool:
     for line in Path(killed.run_dir, "events.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["event"] in ("failure", "resumed", "run_finished"):
-            print(event["event"], f"at step {event['step']}" if "step" in event else "")
+            print(event["event"] + (f" at step {event['step']}" if "step" in event else ""))
 
     ours, theirs = (load_weights(run.run_dir, which="newest") for run in (undisturbed, killed))
     return all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -201,9 +201,10 @@ def choose_global_batch_size(config: TrainingConfig, saved: LoadedCheckpoint | N
             f"Set it to {kept} or leave it out to continue, or start a new run."
         )
     logger.warning(
-        "The run keeps its global batch of %d samples; %d workers of batch_size %d would make it %d.",
+        "The run keeps its global batch of %d samples; %d worker%s of batch_size %d would make it %d.",
         kept,
         ranks,
+        "s" if ranks > 1 else "",
         config.batch_size,
         implied,
     )
