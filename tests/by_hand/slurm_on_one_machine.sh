@@ -55,7 +55,7 @@ SlurmdPort=16818
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$work/munge.socket
+AuthInfo=socket=$work/munge.socket,cred_expire=20
 CryptoType=crypto/munge
 StateSaveLocation=$work/state
 SlurmdSpoolDir=$work/spool.%n
@@ -125,10 +125,6 @@ submit() {
 started() { # how often the workers of a run were started
   grep -c '"event": *"workers_started"' "$work/runs/$1/events.jsonl"
 }
-queue_again() { # Slurm lets a job that comes back wait for two minutes
-  until_true 120 "job $1 in the queue" is_in_state "$1" PENDING
-  scontrol update "JobId=$1" StartTime=now
-}
 
 network
 configuration
@@ -147,7 +143,7 @@ echo "== a run that is sent back to the queue, as five minutes before its time l
 job=$(submit requeued)
 until_true 300 "step 100" reached requeued 100
 scancel --batch --signal=USR1 "$job"
-queue_again "$job"
+until_true 180 "job $job in the queue" is_in_state "$job" PENDING # for as long as cred_expire says
 until_true 400 "the end of job $job" is_in_state "$job" COMPLETED
 echo "the workers were started $(started requeued) times"
 
@@ -155,7 +151,7 @@ echo "== a run whose second node fails"
 job=$(submit failed)
 until_true 300 "step 100" reached failed 100
 stop_node n2
-queue_again "$job"
+until_true 180 "job $job in the queue" is_in_state "$job" PENDING # for as long as cred_expire says
 start_node n2
 until_true 60 "two idle nodes" all_idle
 until_true 400 "the end of job $job" is_in_state "$job" COMPLETED
