@@ -23,8 +23,8 @@ SCONTROL = """
 if [[ $1 == show ]]; then printf 'node1\\nnode2\\n'; else echo "$@" >"$RECORD/scontrol"; fi
 """
 TRAINING = """
-echo "$@" >"$RECORD/training"
 trap 'touch "$RECORD/saved"; exit 143' TERM
+echo "$@" >"$RECORD/training"
 [[ -n ${ENDS_WITH:-} ]] && exit "$ENDS_WITH"
 for ((i = 0; i < 300; i++)); do sleep 0.1; done
 """
