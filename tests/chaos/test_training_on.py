@@ -75,7 +75,10 @@ def test_survivors_train_on_are_joined_and_end_the_run_without_another_one(tmp_p
         kill(pids[0])
         first_killed_at = newest_step()
         pids = wait_for("workers_started", 3)[2]["pids"]
+        grown_at = wait_for("resized", 2)[1]["step"]
         with stopped_controllers():  # nobody is replaced any more
+            while newest_step() <= grown_at:
+                time.sleep(0.05)
             kill(pids[1])
             second_killed_at = newest_step()
             slow.unlink()
