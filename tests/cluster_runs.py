@@ -183,6 +183,10 @@ class Command:
 
         self.until(is_over, "the end of all processes")
 
+    def look(self) -> None:
+        """Remember the processes that there are, for `wait_until_nothing_is_left`."""
+        self._family()
+
     def close(self) -> None:
         """End whatever is left of it."""
         self._family()

@@ -150,6 +150,7 @@ class Run:
             first = killer if phase == "restore" and whom == "self" else 2
             deaths.insert(0, ("forward", first, "self"))
         before = len(self.fired())
+        command.look()
         for point, rank, content in reversed(deaths):
             (self.graves / "new").write_text(content)
             (self.graves / "new").rename(self.graves / f"{point}-rank{rank}")  # whole at once
