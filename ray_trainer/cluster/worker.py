@@ -121,7 +121,6 @@ def _begin_imports() -> threading.Thread:
         sys.setswitchinterval(before_s)
 
     sys.setswitchinterval(_SWITCH_EVERY_S)
-
     imports = threading.Thread(target=work, name="ray-trainer-imports", daemon=True)
     imports.start()
     return imports

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray_trainer.distributed import gather_objects
+from ray_trainer.distributed import RegroupError, gather_objects
 from ray_trainer.errors import ConfigError
 from ray_trainer.hooks.checks import HOOK_NAMES, Hook, errors_of, implemented
 
@@ -68,7 +68,8 @@ class HookCaller:
                 self.on_training_start()
             yield
         except BaseException as error:
-            _call_after(error, self.on_exception, error)
+            if not isinstance(error, RegroupError):  # nothing went wrong: training goes on at once
+                _call_after(error, self.on_exception, error)
             _call_after(error, self.on_training_end)
             raise
         if self.on_training_end is not None:

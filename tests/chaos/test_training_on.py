@@ -55,11 +55,11 @@ def test_survivors_train_on_are_joined_and_end_the_run_without_another_one(tmp_p
     slow.touch()
     run_dir = tmp_path / "elastic"
 
-    def wait_for(event: str, count: int) -> list[dict[str, Any]]:
+    def wait_for(event: str, count: int) -> dict[str, Any]:
         while True:
             rows = [row for row in whole_lines(run_dir / "events.jsonl") if row["event"] == event]
             if len(rows) >= count:
-                return rows
+                return rows[count - 1]
             assert not running.done(), running.result()
             time.sleep(0.05)
 
@@ -67,19 +67,20 @@ def test_survivors_train_on_are_joined_and_end_the_run_without_another_one(tmp_p
         rows = [row["step"] for row in whole_lines(run_dir / "metrics.jsonl") if row["split"] == "train"]
         return rows[-1] if rows else 0
 
+    def wait_for_step(step: int) -> None:
+        while newest_step() < step:
+            assert not running.done(), running.result()
+            time.sleep(0.05)
+
     with ThreadPoolExecutor() as pool:
         running = pool.submit(fit_elastic, tmp_path)
-        pids = wait_for("workers_started", 1)[0]["pids"]
-        while newest_step() < 3:
-            time.sleep(0.05)
-        kill(pids[0])
+        wait_for_step(3)
+        kill(wait_for("workers_started", 1)["pids"][0])
         first_killed_at = newest_step()
-        pids = wait_for("workers_started", 3)[2]["pids"]
-        grown_at = wait_for("resized", 2)[1]["step"]
+        grown_at = wait_for("resized", 2)["step"]
         with stopped_controllers():  # nobody is replaced any more
-            while newest_step() <= grown_at:
-                time.sleep(0.05)
-            kill(pids[1])
+            wait_for_step(grown_at + 1)
+            kill(wait_for("workers_started", 3)["pids"][1])
             second_killed_at = newest_step()
             slow.unlink()
             struck = running.result()

@@ -5,6 +5,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from ray_trainer.distributed import RegroupError
 from ray_trainer.errors import ConfigError
 from ray_trainer.hooks import (
     DefaultHooks,
@@ -172,6 +173,18 @@ def test_the_end_is_called_after_an_error_which_stays_the_one_that_is_raised():
 
     assert caught.value is error
     assert calls == [error, "end"]
+
+
+def test_ranks_that_leave_their_group_for_a_larger_one_are_no_exception_to_hooks():
+    calls = []
+    hooks = hooks_with(
+        on_exception=lambda self, error: calls.append(error), on_training_end=lambda self: calls.append(0)
+    )
+
+    with pytest.raises(RegroupError), HookCaller(hooks).training():
+        raise RegroupError("another worker is ready to join")
+
+    assert calls == [0]
 
 
 def test_an_error_of_the_end_does_not_hide_the_first_error(caplog):
