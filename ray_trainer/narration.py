@@ -12,7 +12,7 @@ def tell(event: Mapping[str, Any]) -> str | None:
         case {"event": "waiting_for_room" | "preempted" | "controller_lost" | "head_lost", "reason": reason}:
             return str(reason)
         case {"event": "workers_started", "num_workers": count, "attempt": attempt} if attempt > 1:
-            return f"{count} workers started again (attempt {attempt})"
+            return f"{count} worker{'' if count == 1 else 's'} started again (attempt {attempt})"
         case {"event": "spare_lost", "cause": cause}:
             return f"a spare worker was lost, training goes on: {cause}"
         case {"event": "resized", "step": step, "from": before, "to": now}:
