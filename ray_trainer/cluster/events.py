@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.train import UserCallback
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint.catalog import newest_step
-from ray_trainer.cluster.retries import Episodes, Repetitions, Retries
+from ray_trainer.cluster.retries import Episodes, Pauses, Repetitions, Retries
 from ray_trainer.errors import (
     ConfigError,
     DataError,
@@ -67,6 +68,7 @@ class FailureRecorder(UserCallback):
         self._leaves_out = leaves_out
         self._repetitions = Repetitions()
         self._episodes = Episodes()
+        self._pauses = Pauses()
         self._ranks_of = ranks_of or (lambda places: {place: place for place in places})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -77,6 +79,7 @@ class FailureRecorder(UserCallback):
             if ranks[place] is None:
                 record(self._run, self._link, "spare_lost", cause=_line(error))
         if not failures:
+            time.sleep(self._pauses.after_loss())  # Ray replaces it next, and does nothing else meanwhile
             return
         errors = causes(failures)
         cause = describe_failures(failures)

@@ -5,13 +5,18 @@ same step again and again never will. So what is limited is not the number of fa
 """
 
 import re
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 
 from ray_trainer.errors import RayTrainerError
 
 _PLACE = re.compile(r'File "(.+)", line (\d+), in ')
 #: May pass by themselves, so that the same one twice says nothing.
 _PASSING = (OSError, RayTrainerError)
+
+_ANSWERED_AT_ONCE = 3
+_REMEMBERED_S = 300.0
+_LONGEST_PAUSE_S = 30.0
 
 Place = tuple[str, ...]
 
@@ -54,6 +59,27 @@ class Episodes:
             return False
         self._attempt, self._ranks = attempt, set(ranks)
         return True
+
+
+class Pauses:
+    """How long to wait before a worker that nobody waits for is replaced, so that one that keeps dying costs little.
+
+    Nothing is lost by it, so that it is no reason to end the run, however often it happens.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._losses: list[float] = []
+
+    def after_loss(self) -> float:
+        """Seconds to wait after a loss that has just been seen: none at first, then twice as long each time."""
+        now_s = self._clock()
+        self._losses = [loss_s for loss_s in self._losses if loss_s > now_s - _REMEMBERED_S] + [now_s]
+        excess = len(self._losses) - _ANSWERED_AT_ONCE
+        return min(2.0 ** (excess - 1), _LONGEST_PAUSE_S) if excess > 0 else 0.0
 
 
 class Repetitions:

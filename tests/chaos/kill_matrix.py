@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matrix_experiment
-from cluster_runs import Command, training, whole_lines, write_run_file
+from cluster_runs import OUTLIVING, Command, training, whole_lines, write_run_file
 from matrix_experiment import STEPS_AN_EPOCH
 
 from ray_trainer.chaos import compare_runs
@@ -133,7 +133,7 @@ class Run:
                 since = fired["time"]
                 if victim == "driver":
                     assert command.wait() == -9, command.output
-                    command.wait_until_nothing_is_left(but="ray::TrainController")  # its workers may go on for a moment
+                    command.wait_until_nothing_is_left(but=OUTLIVING)  # its workers may go on for a moment
                     since = time.time()
                     command = starts.enter_context(training(self.run_file))
                 if lost is not None:

@@ -16,7 +16,16 @@ import experiments
 import pytest
 import ray
 import yaml
-from cluster_runs import newest_checkpoint, ray_of_two_cpus, step_of, tensors, training, whole_lines, write_run_file
+from cluster_runs import (
+    OUTLIVING,
+    newest_checkpoint,
+    ray_of_two_cpus,
+    step_of,
+    tensors,
+    training,
+    whole_lines,
+    write_run_file,
+)
 from experiments import POINTS, Network, Points, assert_same, events, metric_rows
 
 from ray_trainer import Experiment, Trainer, TrainingConfig
@@ -119,8 +128,7 @@ def test_command_given_again_after_ctrl_c_and_a_kill_repeats_no_trial_and_leaves
             "the end of a trial",
         )
         killed.send(signal.SIGKILL)
-        # Ray 2.60's controller may hang at its end if it loses Ray while it starts; it can do nothing any more
-        killed.wait_until_nothing_is_left(but="ray::TrainController")
+        killed.wait_until_nothing_is_left(but=OUTLIVING)
     before = told(killed.run_dir, "trial_ended")
     assert len(before) < 3
     starts = {event["trial"]: attempts(killed.run_dir / "trials" / event["trial"]) for event in before}

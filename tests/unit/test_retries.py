@@ -6,7 +6,7 @@ import traceback
 import pytest
 
 from ray_trainer.cluster.events import furthest_on_storage
-from ray_trainer.cluster.retries import Episodes, Repetitions, Retries, note_place
+from ray_trainer.cluster.retries import Episodes, Pauses, Repetitions, Retries, note_place
 from ray_trainer.errors import CheckpointError
 from ray_trainer.metrics import EventLog
 from ray_trainer.storage import Storage
@@ -72,6 +72,17 @@ def test_failure_that_is_seen_on_one_rank_after_the_other_is_one():
     seen = [episodes.is_new(attempt, ranks) for attempt, ranks in [(1, [0]), (1, [1]), (1, [1]), (2, [1]), (2, [0])]]
 
     assert seen == [True, False, True, True, False]
+
+
+def test_workers_nobody_waits_for_are_replaced_at_once_unless_they_keep_dying():
+    now = 0.0
+    pauses = Pauses(clock=lambda: now)
+
+    answers = [pauses.after_loss() for _ in range(10)]
+    now += 301
+    answers.append(pauses.after_loss())
+
+    assert answers == [0, 0, 0, 1, 2, 4, 8, 16, 30, 30, 0]
 
 
 def test_same_error_at_the_same_place_and_step_is_known_again_whatever_it_says():
