@@ -167,19 +167,39 @@ def storage_of(filesystem: pafs.FileSystem, path: str) -> Storage:
 def mirror(run: Storage, records: list[CheckpointRecord]) -> None:
     """Bring Ray's list of checkpoints in line with ours, or remove it if this Ray would not take it.
 
+    A list that is torn, or names checkpoints although there are none, is set aside.
+
     Args:
         run: the run's directory; not while Ray is at work on it.
         records: old to new.
     """
     try:
+        if not records or _is_torn(run):
+            _set_aside(run)
         if not records:
-            run.delete(SNAPSHOT)
             return
         run.write(SNAPSHOT, json.dumps(_snapshot(records)).encode())
         if not _is_accepted(run):
             run.delete(SNAPSHOT)
     except (OSError, LeaseLostError) as error:
         logger.warning("Ray's list of checkpoints in %s could not be renewed: %s", run.uri, error)
+
+
+def _is_torn(run: Storage) -> bool:
+    try:
+        return not isinstance(json.loads(run.read(SNAPSHOT)), dict)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+
+
+def _set_aside(run: Storage) -> None:
+    """Keep the list under another name, in place of the last one that was set aside."""
+    if run.exists(SNAPSHOT):
+        run.delete(f"{SNAPSHOT}.broken")
+        run.move(SNAPSHOT, f"{SNAPSHOT}.broken")
+        logger.warning("Ray's list of checkpoints in %s can't be used; it is kept as %s.broken.", run.uri, SNAPSHOT)
 
 
 def _snapshot(records: list[CheckpointRecord]) -> dict[str, Any]:

@@ -127,10 +127,14 @@ def test_list_that_ray_would_die_of_is_rebuilt_before_it_starts(run, files, tmp_
     with pytest.raises(CheckpointManagerInitializationError):
         names_that_ray_sees(plain)
 
+    left = run.read(SNAPSHOT)
+
     mirror(run, list_checkpoints(run))
 
     assert names_that_ray_sees(ours) == [record.name for record in list_checkpoints(run)]
     assert "checkpoint_epoch0000_step00000002" in names_that_ray_sees(ours)
+    if damage in ("torn", "empty"):
+        assert run.read(f"{SNAPSHOT}.broken") == left
 
 
 def test_list_names_what_the_manifests_say_and_rays_own_result_opens_the_run(run):
@@ -159,12 +163,14 @@ def test_renewing_the_list_is_not_told_to_the_user(run, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_run_without_checkpoints_has_no_list(run):
-    run.write(SNAPSHOT, b"torn")
+def test_run_without_checkpoints_has_no_list_and_keeps_the_last_one_that_there_was(run):
+    for content in (b"torn", b"{}"):
+        run.write(SNAPSHOT, content)
 
-    mirror(run, [])
+        mirror(run, [])
 
-    assert not run.exists(SNAPSHOT)
+        assert not run.exists(SNAPSHOT)
+        assert run.read(f"{SNAPSHOT}.broken") == content
 
 
 def test_reading_and_listing_are_tried_again(files, run):
