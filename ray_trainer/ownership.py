@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray_trainer import distributed
-from ray_trainer.checkpoint import CheckpointManager
+from ray_trainer.checkpoint import CheckpointManager, LoadedCheckpoint
 from ray_trainer.checkpoint.catalog import checkpoint_names
+from ray_trainer.checkpoint.layout import checkpoint_order
 from ray_trainer.checkpoint.lineage import inherit
 from ray_trainer.runtime import Runtime
 
 
 @contextmanager
 def owned(runtime: Runtime, manager: CheckpointManager, *, is_needed: bool = True) -> Iterator[None]:
-    """Own the directory inside: what is written there is fenced, and what was there is taken over. Collective.
+    """Own the directory inside: what is written there is fenced. Collective.
 
     Args:
         runtime: says how the directory is claimed.
@@ -29,9 +30,19 @@ def owned(runtime: Runtime, manager: CheckpointManager, *, is_needed: bool = Tru
     with runtime.hold():
         manager.storage = runtime.storage
         try:
-            with distributed.same_error_everywhere():
-                if distributed.rank() == 0:
-                    inherit(manager.storage, checkpoint_names(manager.storage))
             yield
         finally:
             manager.storage = unfenced
+
+
+def take_over_checkpoints(manager: CheckpointManager, saved: LoadedCheckpoint | None) -> None:
+    """Note which checkpoints are part of the run: those up to the one that it goes on from. Collective.
+
+    What an earlier owner finishes from now on does not count. A start that is refused must not come to this: files
+    that are brought back after it are still those of the run.
+    """
+    last = -1 if saved is None else saved.record.step
+    with distributed.same_error_everywhere():
+        if distributed.rank() == 0:
+            found = ((name, checkpoint_order(name)) for name in checkpoint_names(manager.storage))
+            inherit(manager.storage, [name for name, order in found if order is not None and order.step <= last])

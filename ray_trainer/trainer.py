@@ -27,7 +27,7 @@ from ray_trainer.initial import initialise
 from ray_trainer.journal import Journal
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.losses import LossStrategy
-from ray_trainer.metrics import MetricsTracker, MetricSums
+from ray_trainer.metrics import MetricsTracker, MetricSums, saved_checkpoints
 from ray_trainer.optim import (
     build_optimizer,
     build_scaler,
@@ -36,7 +36,7 @@ from ray_trainer.optim import (
     follow_schedule,
     refuse_unusable,
 )
-from ray_trainer.ownership import owned
+from ray_trainer.ownership import owned, take_over_checkpoints
 from ray_trainer.placement import Placement, place_model
 from ray_trainer.recording import Books, Recorder
 from ray_trainer.replicas import Replicas
@@ -157,8 +157,8 @@ class Trainer:
             train_data: a map-style or iterable dataset, a `DataLoader`, a Hugging Face dataset, or a shard.
             val_data: the same; None validates on nothing, or on ``validation_split`` of the training data.
             resume_from: a checkpoint, a run directory, ``"auto"`` (the newest good checkpoint of this run, or
-                a fresh start), or None for a fresh start; what an earlier run left in the directory is then
-                moved to ``previous_NN/`` in it.
+                a fresh start if it has not saved yet), or None for a fresh start; what an earlier run left in the
+                directory is then moved to ``previous_NN/`` in it.
 
         Returns:
             ``metrics_summary`` (DataFrame, a row an epoch), ``best_epoch``, ``final_loss``,
@@ -194,7 +194,8 @@ class Trainer:
         if survivors and (alive := survivors.restore()):
             return alive
         snapshot = self._memory.restore(share) if self._memory and resume_from == "auto" else None
-        return snapshot or self.checkpoint_manager.restore(resume_from, share)
+        saved = partial(saved_checkpoints, self.runtime.storage)
+        return snapshot or self.checkpoint_manager.restore(resume_from, share, saved)
 
     def _set_up(self, train_data: Any, val_data: Any, saved: LoadedCheckpoint | None) -> Setup:
         """Find whatever is wrong with data and configuration before anything is written."""
@@ -235,6 +236,7 @@ class Trainer:
         forward = Forward.build(self.model, self.device, self.training_config, broadcasts_buffers=is_alone)
         if not self.training_config.fast_dev_run:
             make_room(self.checkpoint_manager, saved, resume_from)
+            take_over_checkpoints(self.checkpoint_manager, saved)
         books.journal.open(saved)
         setup.tell(books.journal, self.progress)
         saver = self._build_saver(setup, state, books.journal)

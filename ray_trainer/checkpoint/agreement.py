@@ -36,8 +36,11 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
     failures = [(rank, failed) for rank, (_, failed) in enumerate(outcomes) if failed]
     if failures:
         if isinstance(cause, CheckpointError) and len(outcomes) == 1:
+            cause.on_all_ranks = True
             raise cause
-        raise failures[0][1].kind(_message(failures)) from cause
+        agreed = failures[0][1].kind(_message(failures))
+        agreed.on_all_ranks = True
+        raise agreed from cause
     return [value for value, _ in outcomes]  # type: ignore[misc] # None only where there is a failure
 
 

@@ -26,7 +26,6 @@ from ray_trainer.checkpoint.layout import (
     pack_rank_state,
     pack_shards,
     pack_state,
-    read_manifest,
 )
 from ray_trainer.checkpoint.manifest import (
     MANIFEST,
@@ -41,7 +40,7 @@ from ray_trainer.checkpoint.manifest import (
 from ray_trainer.checkpoint.retention import RetentionPolicy
 from ray_trainer.checkpoint.stripes import Stripe
 from ray_trainer.checkpoint.writer import DirectWriter, Writer
-from ray_trainer.errors import CheckpointCorruptError, CheckpointError, LeaseLostError, NewerFormatError
+from ray_trainer.errors import CheckpointError, LeaseLostError
 from ray_trainer.storage import Storage
 from ray_trainer.storage.sealing import Seal, Sealed, WrittenFile
 
@@ -232,18 +231,8 @@ def draft(meta: CheckpointMeta, policy: RetentionPolicy, fencing_epoch: int) -> 
 
 
 def _free_name(run: Storage, manifest: Manifest) -> str:
-    """The first name for this step that no checkpoint has; what a broken save left under it is removed."""
+    """The first name for this step that no checkpoint has; what an unfinished save left under it is removed."""
     names = (checkpoint_name(manifest.epoch, manifest.step, copy) for copy in itertools.count(1))
-    name = next(name for name in names if not _is_taken(run.child(name)))
+    name = next(name for name in names if not run.child(name).exists(MANIFEST))
     discard(run, name)
     return name
-
-
-def _is_taken(checkpoint: Storage) -> bool:
-    try:
-        read_manifest(checkpoint)
-    except (FileNotFoundError, CheckpointCorruptError):
-        return False
-    except NewerFormatError:
-        pass
-    return True

@@ -15,7 +15,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -167,6 +167,19 @@ def read_model(checkpoint: Storage, manifest: Manifest) -> dict[str, torch.Tenso
 def discard(run: Storage, name: str) -> None:
     """Delete a checkpoint, its manifest first."""
     sealing.discard(run, name, MANIFEST)
+
+
+def has_lost_manifest(checkpoint: Storage, saved: Collection[str]) -> bool:
+    """Whether a directory without manifest is a checkpoint all the same, and not what a save or `discard` left.
+
+    Args:
+        checkpoint: where there is no manifest.
+        saved: the names of those of its run that are known to have been whole once.
+    """
+    if checkpoint.path.rpartition("/")[2] not in saved:
+        return False
+    files = checkpoint.list()
+    return bool(files) and sealing.OBSOLETE not in files
 
 
 def _file_of(path: StatePath) -> tuple[str, StatePath]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,18 @@ from ray_trainer.checkpoint.catalog import (
     open_storage,
     resolve,
 )
+from ray_trainer.checkpoint.choice import newest_first, select, set_aside
 from ray_trainer.checkpoint.commit import Commit, files_of_rank
 from ray_trainer.checkpoint.direct import CheckpointMetadata
-from ray_trainer.checkpoint.layout import checkpoint_order, discard
+from ray_trainer.checkpoint.layout import checkpoint_order, discard, has_lost_manifest
 from ray_trainer.checkpoint.manifest import MANIFEST, CheckpointMeta
 from ray_trainer.checkpoint.restore import (
     LoadedCheckpoint,
+    Rejection,
     Selection,
     load_first_whole,
     load_named,
-    newest_first,
     restore_on_all_ranks,
-    select,
-    set_aside,
 )
 from ray_trainer.checkpoint.retention import Mode, RetentionPolicy
 from ray_trainer.checkpoint.shards import Share
@@ -136,7 +135,10 @@ class CheckpointManager:
         self._background.close()
 
     def restore(
-        self, which: str | os.PathLike[str] | None = "auto", share: Share | None = None
+        self,
+        which: str | os.PathLike[str] | None = "auto",
+        share: Share | None = None,
+        saved: Callable[[], Collection[str]] = tuple,
     ) -> LoadedCheckpoint | None:
         """Load a checkpoint after comparing the checksum of every file. Collective.
 
@@ -148,16 +150,19 @@ class CheckpointManager:
                 there must be one; best by `monitor`, the newest where nothing was monitored. The name, path
                 or URI of a checkpoint: it must be whole. Another run's directory: its newest. None: None.
             share: which part of each sharded tensor this rank needs; None puts all of them together.
+            saved: gives the names of the run's checkpoints that are known to have been whole once, the newest last;
+                asked on rank 0, where something is missing.
 
         Raises:
             CheckpointNotFoundError: what was named is not there.
-            CheckpointCorruptError: what was named is broken, or everything is: never a start from scratch.
+            CheckpointCorruptError: what was named is broken, or everything that was saved is broken or gone, which
+                then stays as it is: never a start from scratch.
             CheckpointError: storage failed, or a later version of ray_trainer wrote it.
         """
         if which is None:
             return None
         text = os.fspath(which)
-        loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy, share), share)
+        loaded, rejected = restore_on_all_ranks(lambda: select(self.storage, text, self.policy, share, saved), share)
         is_own = loaded is None or loaded.record.uri == self.storage.child(loaded.record.name).uri
         self._catalog.forget([rejection.name for rejection in rejected] if is_own else [])
         return loaded
@@ -168,7 +173,11 @@ class CheckpointManager:
         def find() -> Selection:
             found = ((name, checkpoint_order(name)) for name in newest_first(self.storage))
             names = [name for name, order in found if order is not None and order.step <= step]
-            return load_first_whole(self.storage, names, lambda broken: set_aside(self.storage, broken), share)
+            broken: list[Rejection] = []
+            selection = load_first_whole(self.storage, names, broken.append, share)
+            for rejection in broken:
+                set_aside(self.storage, rejection)
+            return selection
 
         loaded, _ = restore_on_all_ranks(find, share)
         self._catalog.forget()
@@ -178,15 +187,20 @@ class CheckpointManager:
         """Keep, from now on, the newest checkpoint of those up to a step, because the run may go back to it."""
         self.policy = replace(self.policy, needed_step=step)
 
-    def clean_leftovers(self) -> list[str]:
+    def clean_leftovers(self, saved: Callable[[], Collection[str]] = tuple) -> list[str]:
         """Delete what saves that were never finished left behind; returns their names.
 
         Only the one writer of a run may call this. Ranks other than 0 do nothing.
+
+        Args:
+            saved: as in `restore`; those stay, even if they have lost their manifest.
         """
         if distributed.rank() > 0:
             return []
-        names = [name for name in checkpoint_names(self.storage) if not self.storage.child(name).exists(MANIFEST)]
-        return [name for name in names if self._delete(name)]
+        places = {name: self.storage.child(name) for name in checkpoint_names(self.storage)}
+        bare = [name for name, place in places.items() if not place.exists(MANIFEST)]
+        known = saved() if bare else ()
+        return [name for name in bare if not has_lost_manifest(places[name], known) and self._delete(name)]
 
     def newest_step(self) -> int:
         """Of what was finished on storage; -1 for nothing.

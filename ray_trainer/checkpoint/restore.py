@@ -1,17 +1,15 @@
-"""Finding the checkpoint to go on from: the newest whole one, by reading it."""
+"""Reading checkpoints, every byte checked: the first whole one of some, or one that was named."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint.agreement import on_all_ranks, on_rank_zero
-from ray_trainer.checkpoint.catalog import CheckpointRecord, checkpoint_names, is_checkpoint, resolve
-from ray_trainer.checkpoint.layout import files_of_others, read_manifest, read_rank_state, read_state
-from ray_trainer.checkpoint.lineage import STRAY, Lineage
+from ray_trainer.checkpoint.catalog import CheckpointRecord
+from ray_trainer.checkpoint.layout import files_of_others, has_lost_manifest, read_manifest, read_rank_state, read_state
 from ray_trainer.checkpoint.manifest import MANIFEST, Manifest
-from ray_trainer.checkpoint.retention import RetentionPolicy
 from ray_trainer.checkpoint.shards import Share
 from ray_trainer.checkpoint.tiers import Tier
 from ray_trainer.checkpoint.verifying import content_problem
@@ -21,7 +19,13 @@ from ray_trainer.storage import Storage
 logger = logging.getLogger(__name__)
 
 UNFINISHED = f"{MANIFEST} is missing: the save was never finished"
-_BROKEN = ".broken"
+_LOST_MANIFEST = f"{MANIFEST} is missing, although the save was finished"
+#: What a user may do whose run has lost its checkpoints.
+WAYS_ON = (
+    "To go on, bring back the files of a checkpoint, as from a backup, and give the same command again. To start again "
+    "on purpose, give the run another name or directory, or call Trainer.train with resume_from=None, which keeps what "
+    "is left in previous_NN/."
+)
 
 
 @dataclass(frozen=True)
@@ -112,28 +116,6 @@ def restore_on_all_ranks(
     return loaded and replace(loaded, rejected=rejected), rejected
 
 
-def select(run: Storage, which: str, policy: RetentionPolicy, share: Share | None = None) -> Selection:
-    """Find and load what `CheckpointManager.restore` was asked for. Broken ones of the run are set aside.
-
-    Raises:
-        CheckpointError: see there.
-    """
-    if which in ("auto", "newest", "best"):
-        selection = _select_own(run, _best_first(run, policy) if which == "best" else newest_first(run), share)
-        if selection.loaded is None and which != "auto":
-            raise CheckpointNotFoundError(f"No checkpoints found in {run.uri}")
-        return selection
-    place = resolve(run, which)
-    if place.uri == run.uri:
-        return select(run, "newest", policy, share)
-    if is_checkpoint(place):
-        return Selection(place, load_named(place, share), [])
-    selection = load_first_whole(place, newest_first(place), on_broken=lambda rejection: None, share=share)
-    if selection.loaded is None:
-        raise CheckpointNotFoundError(f"No checkpoints found in {place.uri}")
-    return selection
-
-
 def load(checkpoint: Storage, rank: int, share: Share | None = None) -> LoadedCheckpoint:
     """Read one checkpoint, checking the bytes that are used; of sharded tensors what a share says, or all.
 
@@ -162,7 +144,11 @@ def load_whole(checkpoint: Storage, share: Share | None = None) -> LoadedCheckpo
 
 
 def load_first_whole(
-    run: Storage, names: Iterable[str], on_broken: Callable[[Rejection], None], share: Share | None = None
+    run: Storage,
+    names: Iterable[str],
+    on_broken: Callable[[Rejection], None],
+    share: Share | None = None,
+    saved: Callable[[], Collection[str]] = tuple,
 ) -> Selection:
     """Try checkpoints in turn and load the first that is whole.
 
@@ -173,14 +159,15 @@ def load_first_whole(
         names: the best candidate first.
         on_broken: told of each whose files are missing or altered.
         share: as for `load`.
+        saved: as for `select`; where there are any, one must be found. Asked only where something is missing.
 
     Raises:
         NewerFormatError: a later version wrote the next candidate; an older one is no substitute for it.
         CheckpointCorruptError: checkpoints were written, and none of them can be used.
-        CheckpointError: none of them can be read at the moment.
+        CheckpointError: none of them can be used, and some can't be read at the moment.
     """
     rejected: list[Rejection] = []
-    failure: type[CheckpointError] | None = None
+    is_lost = may_come_back = False
     for name in names:
         place = run.child(name)
         try:
@@ -188,15 +175,20 @@ def load_first_whole(
         except CheckpointCorruptError as error:
             rejected.append(Rejection(name, str(error)))
             on_broken(rejected[-1])
-            failure = CheckpointCorruptError
+            is_lost = True
         except FileNotFoundError:
-            rejected.append(Rejection(name, UNFINISHED))
+            if has_lost_manifest(place, saved()):
+                rejected.append(Rejection(name, _LOST_MANIFEST))
+                on_broken(rejected[-1])
+            else:
+                rejected.append(Rejection(name, UNFINISHED))
         except OSError as error:
             rejected.append(Rejection(name, f"it could not be read: {error}"))
-            failure = failure or CheckpointError
+            may_come_back = True
         logger.warning("Checkpoint %s is not used: %s", *rejected[-1])
-    if failure:
-        raise failure(_nothing_left(run, rejected))
+    if is_lost or may_come_back or saved():
+        kind = CheckpointError if may_come_back else CheckpointCorruptError
+        raise kind(_nothing_left(run, rejected, saved()))
     return Selection(None, None, rejected)
 
 
@@ -221,66 +213,6 @@ def load_named(checkpoint: Storage, share: Share | None = None) -> LoadedCheckpo
         raise CheckpointError(f"{checkpoint.uri} could not be read: {error}") from error
 
 
-def set_aside(run: Storage, rejection: Rejection, suffix: str = _BROKEN) -> None:
-    """Rename a broken checkpoint, so that it is neither used nor counted, and leave the reason in it.
-
-    Where that is not possible (read-only storage), it stays where it is.
-    """
-    taken = set(run.list())
-    target, copy = rejection.name + suffix, 1
-    while target in taken:
-        copy += 1
-        target = f"{rejection.name}{suffix}{copy}"
-    try:
-        run.move(rejection.name, target)
-        run.child(target).write("reason.txt", f"{rejection.reason}\n".encode())
-    except OSError as error:
-        logger.warning("The broken checkpoint %s could not be set aside: %s", rejection.name, error)
-
-
-def newest_first(run: Storage) -> list[str]:
-    """All checkpoint directories, finished or not, new to old."""
-    return checkpoint_names(run)[::-1]
-
-
-def _select_own(run: Storage, names: list[str], share: Share | None) -> Selection:
-    strays = _set_strays_aside(run, names)
-    names = [name for name in names if name not in {stray.name for stray in strays}]
-    selection = load_first_whole(run, names, on_broken=lambda rejection: set_aside(run, rejection), share=share)
-    broken = [name for name in run.list() if name.startswith("checkpoint_") and _BROKEN in name]
-    if selection.loaded is None and broken:  # this run had begun: from scratch would hide the loss
-        raise CheckpointCorruptError(
-            f"{run.uri} holds no whole checkpoint, but broken ones: {', '.join(broken)}; the reason is in "
-            f"each. Delete them to start from the beginning, or give the run another name."
-        )
-    return selection._replace(rejected=strays + selection.rejected)
-
-
-def _set_strays_aside(run: Storage, names: list[str]) -> list[Rejection]:
-    """Move away what an earlier owner of the run wrote after it had lost it."""
-    lineage = Lineage.of(run)
-    strays = [Rejection(name, STRAY) for name in names if lineage.is_stray_on(run, name)]
-    for stray in strays:
-        logger.warning("Checkpoint %s is not used: %s", *stray)
-        set_aside(run, stray, suffix=".stray")
-    return strays
-
-
-def _best_first(run: Storage, policy: RetentionPolicy) -> list[str]:
-    """Those with the monitored metric, best first, then the others, new to old."""
-    names = newest_first(run)
-    best = policy.best_first(record for name in names if (record := _record(run.child(name), name)))
-    ranked = [record.name for record in best]
-    return ranked + [name for name in names if name not in ranked]
-
-
-def _record(checkpoint: Storage, name: str) -> CheckpointRecord | None:
-    try:
-        return CheckpointRecord.of(name, checkpoint.uri, read_manifest(checkpoint))
-    except (OSError, CheckpointError):  # it is judged when its turn comes
-        return None
-
-
 def _load_what_rank_zero_found(place: Storage, share: Share | None) -> LoadedCheckpoint:
     try:
         return load(place, distributed.rank(), share)
@@ -290,9 +222,12 @@ def _load_what_rank_zero_found(place: Storage, share: Share | None) -> LoadedChe
         ) from error
 
 
-def _nothing_left(run: Storage, rejected: Sequence[Rejection]) -> str:
-    reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected)
+def _nothing_left(run: Storage, rejected: Sequence[Rejection], saved: Collection[str]) -> str:
+    reasons = [f"  {name}: {reason}" for name, reason in rejected]
+    newest = list(saved)[-1] if saved else None
+    if newest is not None and newest not in {rejection.name for rejection in rejected}:
+        reasons.insert(0, f"  {newest}: it was the last that was saved, and is gone")
     return (
-        f"None of the checkpoints in {run.uri} can be used:\n{reasons}\n"
-        f"Repair one, delete them to start from the beginning, or give the run another name."
+        f"None of the checkpoints that were saved in {run.uri} can be used:\n" + "\n".join(reasons) + "\n"
+        f"To start from scratch would hide that loss, so nothing was done; no file was changed. {WAYS_ON}"
     )

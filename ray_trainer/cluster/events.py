@@ -15,6 +15,7 @@ from ray_trainer import distributed
 from ray_trainer.checkpoint.catalog import newest_step
 from ray_trainer.cluster.retries import Episodes, Pauses, Repetitions, Retries
 from ray_trainer.errors import (
+    CheckpointCorruptError,
     ConfigError,
     DataError,
     DivergenceError,
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 #: What no restart can mend.
 FINAL_ERRORS = (
+    CheckpointCorruptError,
     ConfigError,
     DataError,
     DivergenceError,

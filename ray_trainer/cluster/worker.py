@@ -26,6 +26,7 @@ from ray_trainer.cluster.runtime import RayRuntime
 from ray_trainer.cluster.vault import RayVault
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import ConfigError, RayTrainerError
+from ray_trainer.metrics import saved_checkpoints
 from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop
 from ray_trainer.seeding import set_random_seed
@@ -156,11 +157,17 @@ def _without_rays_lines(record: logging.LogRecord) -> bool:
 
 
 def _origin(trainer: Trainer, job: Job) -> str:
-    """What training goes on from: the run's own newest checkpoint, else the one it was given. Collective."""
+    """What training goes on from: the run's own newest checkpoint once it has saved, else the one it was given.
+
+    Collective.
+    """
     if job.start_from is None:
         return "auto"
-    has_own = distributed.broadcast_object(bool(trainer.checkpoint_manager.records()))
-    return "auto" if has_own else job.start_from
+    with distributed.same_error_everywhere():
+        has_own = distributed.rank() == 0 and (
+            bool(trainer.checkpoint_manager.records()) or bool(saved_checkpoints(trainer.runtime.storage))
+        )
+    return "auto" if distributed.broadcast_object(has_own) else job.start_from
 
 
 def _open(data: Any) -> Any:

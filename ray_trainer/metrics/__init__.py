@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_trainer.metrics.events import EventLog, next_attempt, read_events
+    from ray_trainer.metrics.events import EventLog, next_attempt, read_events, saved_checkpoints
     from ray_trainer.metrics.jsonl import JsonlLog, read_rows
     from ray_trainer.metrics.sums import MetricSums
     from ray_trainer.metrics.tensorboard import TensorBoardWriter
@@ -26,10 +26,11 @@ __all__ = [
     "next_attempt",
     "read_events",
     "read_rows",
+    "saved_checkpoints",
 ]
 
 _MODULES = {
-    "events": ("EventLog", "next_attempt", "read_events"),
+    "events": ("EventLog", "next_attempt", "read_events", "saved_checkpoints"),
     "jsonl": ("JsonlLog", "read_rows"),
     "sums": ("MetricSums",),
     "tensorboard": ("TensorBoardWriter",),

@@ -68,6 +68,28 @@ def read_events(storage: Storage) -> list[Row]:
     return sorted(filter(_is_event, read_rows(storage, _NAME)), key=lambda row: row["time"])
 
 
+def saved_checkpoints(storage: Storage) -> list[str]:
+    """The names of the checkpoints of the run that were whole once, the newest last; most are deleted by now.
+
+    Where the run went back to an earlier one, those after it are not part of it any more.
+    """
+    steps: dict[str, int] = {}
+    for row in sorted(read_events(storage), key=lambda row: row.get("attempt", 0)):  # clocks may differ between starts
+        match row:
+            case {"event": "checkpoint_saved", "checkpoint": str(name), "step": int(step)}:
+                steps.pop(name, None)
+                steps[name] = step
+            case {"event": "resumed", "step": int(last)} | {
+                "event": "rolled_back",
+                "tier": "storage",
+                "to_step": int(last),
+            }:
+                steps = {name: step for name, step in steps.items() if step <= last}
+            case {"event": "took_over"}:  # another trial of a population, instead of its own past
+                steps = {}
+    return list(steps)
+
+
 def _is_event(row: Row) -> bool:
     return (
         isinstance(row.get("time"), int | float)

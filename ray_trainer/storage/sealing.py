@@ -17,6 +17,8 @@ from ray_trainer.storage.local import Buffer
 
 logger = logging.getLogger(__name__)
 
+#: The manifest of a directory that is being deleted, under another name: what is left of it was let go on purpose.
+OBSOLETE = "obsolete.json"
 _CHUNK_BYTES = 16 << 20
 
 
@@ -125,13 +127,18 @@ def write_hashed(directory: Storage, name: str, chunks: Callable[[], Iterator[Bu
 
 
 def discard(run: Storage, name: str, manifest_name: str) -> None:
-    """Delete a directory, its manifest first: half of one that is being deleted is never taken for whole."""
+    """Delete a directory: half of one that is being deleted is never taken for whole, nor for one that was lost."""
     directory = run.child(name)
     if not directory.exists():
         return
-    if directory.exists(manifest_name):
-        directory.delete(manifest_name)
+    if directory.exists(OBSOLETE):
+        directory.delete(manifest_name)  # an object store may have been interrupted while it moved it
         directory.sync()
+    elif directory.exists(manifest_name):
+        directory.move(manifest_name, OBSOLETE)
+    for file in directory.list():
+        if file != OBSOLETE:
+            directory.delete(file)
     run.delete(name)
 
 

@@ -8,10 +8,11 @@ import faulty_experiment
 import pytest
 import ray
 from cluster_runs import checkpoints_of, ray_of_two_cpus, training, whole_lines, write_run_file
-from experiments import events
+from experiments import checkpoints, events, everything_in, run
 
 from ray_trainer import TrainingConfig
 from ray_trainer.cluster import ClusterConfig, fit
+from ray_trainer.cluster.storage import SNAPSHOT
 from ray_trainer.errors import ConfigError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -151,3 +152,26 @@ def test_command_ends_when_workers_die_again_and_again_without_progress(tmp_path
     assert "cluster.max_failures" in told[0]
     assert "Traceback" not in output
     assert len(events(tmp_path / "runs" / "faulty", "failure")) == 2
+
+
+def test_command_refuses_a_run_that_lost_all_it_saved_once_and_touches_nothing(tmp_path):
+    run_dir = tmp_path / "runs" / "faulty"
+    run(run_dir, epochs=1)
+    newest = checkpoints(run_dir)[-1]
+    (run_dir / newest / "manifest.json").unlink()
+    (run_dir / SNAPSHOT).write_text("torn")
+    files = [run_dir / path for path in everything_in(run_dir) if (run_dir / path).is_file()]
+    before = {path: path.read_bytes() for path in files}
+
+    code, output = command_with("none", tmp_path)
+
+    told = [line for line in output.splitlines() if line.startswith("ray-trainer: ")]
+    assert code == 1, output
+    assert len(told) == 1
+    assert "None of the checkpoints that were saved" in told[0]
+    assert f"{newest}: manifest.json is missing, although the save was finished" in output
+    assert "give the run another name" in output
+    assert "Traceback" not in output
+    assert {path: path.read_bytes() for path in files if path.exists()} | before == before
+    assert [path.name for path in files if not path.exists()] == [SNAPSHOT]
+    assert (run_dir / f"{SNAPSHOT}.broken").read_text() == "torn"

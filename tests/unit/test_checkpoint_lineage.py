@@ -91,6 +91,18 @@ def test_checkpoint_of_who_lost_the_run_is_set_aside_and_the_one_before_is_used(
     assert "lost the run" in run.child(f"{stray}.stray").read("reason.txt").decode()
 
 
+def test_stray_checkpoint_that_was_told_of_is_no_loss(run, tmp_path, owners):
+    first = owners()
+    owners()
+    stray = finish_too_late(run, tmp_path, 9, first.epoch)
+
+    for _ in range(2):
+        assert owners().manager.restore("auto", saved=lambda: [stray]) is None
+    assert run.exists(f"{stray}.stray")
+    assert owners().save(9) == stray
+    assert owners().manager.restore("auto", saved=lambda: [stray]).record.name == stray
+
+
 def test_stray_checkpoint_between_good_ones_is_never_listed_nor_best(run, tmp_path, owners):
     first = owners()
     before = first.save(1)

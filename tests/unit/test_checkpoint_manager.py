@@ -380,19 +380,24 @@ def test_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(tmp_path, capl
     assert "could not be deleted" in caplog.text
 
 
-def test_retention_takes_the_manifest_first(tmp_path):
-    deleted = []
+def test_retention_takes_the_manifest_first_and_last_what_tells_that_the_rest_was_let_go(tmp_path):
+    changed = []
 
     class Recording(Storage):
         def delete(self, name=""):
-            deleted.append(f"{self.path}/{name}".removeprefix(f"{tmp_path}/"))
+            changed.append(f"{self.path}/{name}".removeprefix(f"{tmp_path}/"))
             super().delete(name)
+
+        def move(self, name, new_name):
+            changed.append(f"{self.path}/{name} {new_name}".removeprefix(f"{tmp_path}/"))
+            super().move(name, new_name)
 
     manager = CheckpointManager(Recording.open(tmp_path), keep_last_n=1, keep_best_k=0)
     first = commit(manager, step=1)
+    files = [f"{first.name}/{name}" for name in on_disk(tmp_path / first.name) if name != "manifest.json"]
     commit(manager, step=2)
 
-    assert deleted == [f"{first.name}/manifest.json", first.name]
+    assert changed == [f"{first.name}/manifest.json obsolete.json", *files, first.name]
 
 
 def test_object_store_works_like_a_disk(tmp_path):

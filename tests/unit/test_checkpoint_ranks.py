@@ -95,7 +95,13 @@ def act(directory, rank):
     loaded = fresh.restore("auto")
     seen["fallback"] = (loaded.manifest.step, [tuple(rejection) for rejection in loaded.rejected])
     commit(fresh, 4, rank_state(rank))
+    seen["gone"] = outcome_of(lambda: CheckpointManager(f"{directory}-lost").restore("auto", saved=names_of_rank_zero))
     return seen
+
+
+def names_of_rank_zero():
+    assert dist.get_rank() == 0  # the others do not see what it sees, and must not decide
+    return ["checkpoint_epoch0000_step00000007"]
 
 
 def wide_training(width=512):
@@ -188,6 +194,15 @@ def test_all_ranks_raise_when_one_has_what_cannot_be_stored(both):
 
     assert seen[0]["refused"] == seen[1]["refused"]
     assert "rank 1: rank00001.hook: builtin_function" in seen[0]["refused"][1]
+
+
+def test_all_ranks_refuse_to_start_from_scratch_when_rank_zero_knows_of_a_loss(both):
+    _, seen = both
+
+    assert seen[0]["gone"] == seen[1]["gone"]
+    kind, message = seen[0]["gone"]
+    assert kind is CheckpointCorruptError
+    assert "checkpoint_epoch0000_step00000007: it was the last that was saved, and is gone" in message
 
 
 def test_storage_that_is_not_shared_is_found_before_the_commit(both):

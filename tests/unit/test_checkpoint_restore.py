@@ -201,12 +201,20 @@ def test_unfinished_save_is_reported_but_left_to_the_writer(run):
     assert name_of(3) in on_disk(run)
 
 
-def test_run_whose_checkpoints_are_all_broken_never_starts_from_scratch(run):
+def test_run_whose_checkpoints_are_all_broken_never_starts_from_scratch_and_stays_as_it_is(run):
     for step in (1, 2, 3):
         halve(run / name_of(step) / "model.safetensors", run)
 
-    with pytest.raises(CheckpointCorruptError, match=r"(?s)None of the checkpoints.*step00000003.*step00000001"):
-        CheckpointManager(run).restore("auto")
+    for _ in range(2):
+        with pytest.raises(CheckpointCorruptError, match=r"(?s)None of the checkpoints.*step00000003.*step00000001"):
+            CheckpointManager(run).restore("auto")
+    assert on_disk(run) == [name_of(1), name_of(2), name_of(3)]
+
+
+def test_run_that_has_only_what_was_set_aside_never_starts_from_scratch(run):
+    for step in (1, 2, 3):
+        (run / name_of(step)).rename(run / f"{name_of(step)}.broken")
+
     with pytest.raises(CheckpointCorruptError, match="no whole checkpoint, but broken ones"):
         CheckpointManager(run).restore("auto")
 
@@ -223,8 +231,9 @@ def test_run_that_has_not_saved_yet_starts_fresh_when_asked_for_auto(tmp_path):
 
 
 def test_run_killed_in_its_first_save_starts_fresh(run):
-    for step in (1, 2, 3):
-        delete(run / name_of(step) / "manifest.json", run)
+    for step in (2, 3):
+        shutil.rmtree(run / name_of(step))
+    delete(run / name_of(1) / "manifest.json", run)
 
     assert CheckpointManager(run).restore("auto") is None
 
