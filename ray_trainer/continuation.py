@@ -9,6 +9,7 @@ import torch
 
 from ray_trainer import distributed
 from ray_trainer.checkpoint import LoadedCheckpoint, Manifest
+from ray_trainer.checkpoint.manifest import library_versions
 from ray_trainer.config import TrainingConfig
 from ray_trainer.data.description import DataDescription, is_of_content
 from ray_trainer.data.fingerprint import fingerprint
@@ -123,14 +124,20 @@ def accept_changes(saved: Manifest | None, config: TrainingConfig, record: Mappi
         logger.warning("%s was %r when the checkpoint was written and is %r now.", name, old, new)
     for change in data_changes:
         logger.warning("The %s data has changed (%s): %s.", change.split, change.action, "; ".join(change.differs))
-    threads = torch.get_num_threads()
-    if saved.num_threads != threads:
-        logger.warning(
-            "The checkpoint was computed with %d threads, this is %d: bits may differ.",
-            saved.num_threads,
-            threads,
-        )
+    surroundings = list(_changed_surroundings(saved))
+    if surroundings and distributed.rank() == 0:
+        logger.warning("The checkpoint was computed with %s: bits may differ.", ", ".join(surroundings))
     return data_changes
+
+
+def _changed_surroundings(saved: Manifest) -> Iterator[str]:
+    """What bits depend on beside data and settings, where it is not what it was."""
+    now = library_versions()
+    for name, before in saved.versions.items():
+        if now.get(name, before) != before:
+            yield f"{name} {before} (now {now[name]})"
+    if saved.num_threads != torch.get_num_threads():
+        yield f"{saved.num_threads} threads (now {torch.get_num_threads()})"
 
 
 def _data_changes(saved: Manifest, config: TrainingConfig, record: Mapping[str, Any]) -> Iterator[DataChange]:

@@ -1,11 +1,15 @@
 """Where a run may start from, and what it leaves of what was there."""
 
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
+import torch
 from experiments import assert_same, carry_out, checkpoints, events, everything_in, metric_rows, prepare, run
 
 from ray_trainer import load_weights
+from ray_trainer.checkpoint.manifest import Manifest, library_versions
 
 
 class Counting:
@@ -201,3 +205,32 @@ def test_other_order_than_the_run_was_started_with_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="random_seed was 42 and is 43"):
         run(tmp_path, random_seed=43)
+
+
+def rewrite_manifests(run_dir, **changes):
+    for path in run_dir.glob("checkpoint_*/manifest.json"):
+        manifest = Manifest.from_bytes(path.read_bytes())
+        path.write_bytes(replace(manifest, **changes).to_bytes())
+
+
+def warnings_of(caplog, run_dir):
+    caplog.clear()
+    run(run_dir)
+    return [line for line in caplog.messages if "bits may differ" in line]
+
+
+def test_other_versions_and_threads_than_those_of_the_checkpoint_are_told_once_and_equal_ones_never(tmp_path, caplog):
+    stop_after(tmp_path, 3)
+    shutil.copytree(tmp_path, tmp_path / "other")
+    before = {**library_versions(), "torch": "1.13.0", "numpy": "1.0.0", "of_a_later_version": "3"}
+    rewrite_manifests(tmp_path / "other", versions=before, num_threads=99)
+
+    (told,) = warnings_of(caplog, tmp_path / "other")
+
+    now = library_versions()
+    assert f"torch 1.13.0 (now {now['torch']}), numpy 1.0.0 (now {now['numpy']})" in told
+    assert f"99 threads (now {torch.get_num_threads()})" in told
+    assert now["ray_trainer"] not in told.replace(now["torch"], "").replace(now["numpy"], "")
+    assert "of_a_later_version" not in told
+    assert warnings_of(caplog, tmp_path / "other") == []  # what is saved since then is of these versions
+    assert warnings_of(caplog, tmp_path) == []
