@@ -50,6 +50,7 @@ PHASES = {
     "after_update": "after it",
     "snapshot": "taking the state for a checkpoint",
     "writer": "a checkpoint is being written beside",
+    "saved": "a checkpoint has just been reported",
     "retention": "an old checkpoint is being deleted",
     "validation": "validation",
     "epoch_end": "an epoch's edge",

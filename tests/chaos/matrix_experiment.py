@@ -187,6 +187,9 @@ class Hooks:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
+    def on_checkpoint_saved(self, record: Any) -> None:
+        GRAVES.at("saved")
+
     def on_epoch_end(self, epoch: int, metrics: dict[str, float]) -> None:
         GRAVES.at("epoch_end")
 

@@ -34,6 +34,7 @@ from torch.utils.data import TensorDataset
 
 from ray_trainer import Experiment, TrainingConfig, load_weights
 from ray_trainer.cluster import ClusterConfig, fit
+from ray_trainer.cluster.storage import SNAPSHOT
 from ray_trainer.errors import ConfigError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -120,8 +121,8 @@ def whole(request: pytest.FixtureRequest) -> Fitted:
 
 @pytest.fixture(scope="module")
 def grown(directory: Path) -> Fitted:
-    """The first two of the three epochs, on two workers."""
-    return train(directory, "grown", num_workers=2, epochs=2)
+    """The first two of the three epochs, on two workers, with a checkpoint after each."""
+    return train(directory, "grown", num_workers=2, epochs=2, save_every_n_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +365,26 @@ def test_run_of_the_same_name_with_more_epochs_goes_on_as_if_it_had_had_them_fro
     assert [call[1] for call in continued.calls[0] if call[0] == "on_epoch_start"] == [2]
     assert without_times(continued) == without_times(two)
     assert_same_run(two.run_dir, continued.run_dir)
+
+
+def test_run_continues_over_a_torn_list_of_rays_and_without_an_old_checkpoint(grown, two, directory):
+    run_dir = directory / "damaged"
+    shutil.copytree(grown.run_dir, run_dir)
+    old, newest = checkpoints(run_dir)
+    listed = (run_dir / SNAPSHOT).read_text()
+    assert old in listed  # Ray would not start without it, nor with a list that is torn
+    torn = listed[: listed.index(newest)]
+    (run_dir / SNAPSHOT).write_text(torn)
+    shutil.rmtree(run_dir / old)
+
+    damaged = train(directory, "damaged", num_workers=2)
+
+    assert [event["step"] for event in events(run_dir, "resumed")] == [6]
+    assert events(run_dir, "failure") == []
+    assert len(events(run_dir, "workers_started")) == 2  # one of them before the damage
+    assert without_times(damaged) == without_times(two)
+    assert_same_run(two.run_dir, run_dir)
+    assert (run_dir / f"{SNAPSHOT}.broken").read_text() == torn
 
 
 def test_run_continued_by_fewer_workers_keeps_its_global_batch(grown, two, directory):
