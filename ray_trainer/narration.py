@@ -9,7 +9,10 @@ def tell(event: Mapping[str, Any]) -> str | None:
     match event:
         case {"event": "failure", "cause": cause}:
             return f"failure: {cause}"
-        case {"event": "waiting_for_room" | "preempted" | "controller_lost" | "head_lost", "reason": reason}:
+        case {
+            "event": "waiting_for_room" | "preempted" | "preemption_notice" | "controller_lost" | "head_lost",
+            "reason": reason,
+        }:
             return str(reason)
         case {"event": "workers_started", "num_workers": count, "attempt": attempt} if attempt > 1:
             return f"{count} worker{'' if count == 1 else 's'} started again (attempt {attempt})"

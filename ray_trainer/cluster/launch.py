@@ -25,6 +25,7 @@ from ray_trainer.cluster.rejoin import Rejoining, may_shrink, open_rendezvous, r
 from ray_trainer.cluster.replacement import InPlaceConfig, ReplacementGuard
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.session import (
+    has_room_elsewhere,
     ray_session,
     require_resources,
     resources_per_worker,
@@ -34,6 +35,7 @@ from ray_trainer.cluster.session import (
 from ray_trainer.cluster.shards import index_ray_dataset
 from ray_trainer.cluster.storage import filesystem_for_ray, owned
 from ray_trainer.cluster.supervisor import run_to_end
+from ray_trainer.cluster.termination import TerminationNotice
 from ray_trainer.cluster.vault import RayVault, open_keeper
 from ray_trainer.cluster.watching import Display, NoDisplay, Watch, user
 from ray_trainer.cluster.worker import Job, train_worker, users_code
@@ -141,6 +143,7 @@ def fit_watched(
             vault=_open_vault(cluster),
             lease=storage.fence.epoch,
             hang=terms_of(cluster),
+            has_room=partial(has_room_elsewhere, cluster),
             start_from=start_from,
         )
         retries = Retries(cluster.max_failures)
@@ -265,6 +268,7 @@ def _torch_trainer(
                     *([rejoining.ranks_of] if rejoining else []),
                 ),
                 GroupRecorder(job.link),
+                TerminationNotice(),
                 *([ReplacementGuard(rejoining.rendezvous, partial(record, storage, job.link))] if rejoining else []),
             ],
         ),

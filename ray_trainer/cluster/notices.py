@@ -3,11 +3,12 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined] # Ray Serve looks for drained nodes with it too
 
+from ray_trainer.cluster.departure import Departure, Move
 from ray_trainer.errors import LeaseLostError
 from ray_trainer.metrics import EventLog
 from ray_trainer.runtime import Stop
@@ -19,6 +20,10 @@ POLL_INTERVAL_S = 1.0
 ANSWER_WITHIN_S = 3.0
 #: Ray ends all processes of a cluster whose head is gone for 60 s (``RAY_gcs_rpc_server_reconnect_timeout_s``).
 LOST_AFTER_S = 8.0
+_NOTICED = (
+    "A node of the run is going to be taken away in {:.0f} s, and no other one has room; a checkpoint is written at "
+    "once, and training goes on"
+)
 
 
 class Notices:
@@ -28,15 +33,19 @@ class Notices:
 
     Args:
         storage: the run's directory as it is at the moment, for the events.
-        nodes: ids of the nodes on which workers of this run are.
+        departure: from nodes that are going to be taken away.
+        has_room: whether all workers would find room on nodes other than these.
 
     Attributes:
-        stop: `Stop.PREEMPTION` once one of these nodes is going to be taken away.
+        stop: `Stop.PREEMPTION` once such a node is to be left.
     """
 
-    def __init__(self, storage: Callable[[], Storage], nodes: frozenset[str]) -> None:
+    def __init__(
+        self, storage: Callable[[], Storage], departure: Departure, has_room: Callable[[Collection[str]], bool]
+    ) -> None:
         self._storage = storage
-        self._nodes = nodes
+        self._departure = departure
+        self._has_room = has_room
         self._head = GcsClient(address=ray.get_runtime_context().gcs_address)
         self._closed = threading.Event()
         self._wants_save = threading.Event()
@@ -52,7 +61,7 @@ class Notices:
         self._closed.set()
 
     def take_wish_to_save(self) -> bool:
-        """Whether a checkpoint is wanted at once; true once for each loss of the head."""
+        """Whether a checkpoint is wanted at once; true once for each time that there is a reason."""
         if not self._wants_save.is_set():
             return False
         self._wants_save.clear()
@@ -63,7 +72,7 @@ class Notices:
         is_lost = False
         while not self._closed.wait(POLL_INTERVAL_S):
             try:
-                drained = set(self._head.get_draining_nodes(timeout=ANSWER_WITHIN_S))  # hexadecimal ids
+                self._heed(self._head.get_draining_nodes(timeout=ANSWER_WITHIN_S))
             except (ray.exceptions.RpcError, ray.exceptions.GetTimeoutError) as error:
                 if not is_lost and time.monotonic() - answered_at_s > LOST_AFTER_S:
                     is_lost = True
@@ -73,8 +82,18 @@ class Notices:
             if is_lost:
                 self._record("head_back", "Ray's head answers again")
             answered_at_s, is_lost = time.monotonic(), False
-            if self.stop is Stop.NONE and drained & self._nodes:
-                self.stop = Stop.PREEMPTION
+
+    def _heed(self, deadlines: Mapping[str, int]) -> None:
+        """See to nodes that are going to be taken away: UNIX milliseconds by hexadecimal id, 0 if not known."""
+        leaving = self._departure.affected({node: deadline / 1000 for node, deadline in deadlines.items()})
+        if not leaving or self.stop is not Stop.NONE:
+            return
+        move = self._departure.next_move(leaving, self._has_room(leaving), time.time())
+        if move is Move.SAVE:
+            self._wants_save.set()
+            self._record("preemption_notice", _NOTICED.format(min(leaving.values()) - time.time()))
+        elif move is Move.LEAVE:
+            self.stop = Stop.PREEMPTION
 
     def _record(self, event: str, reason: str, error: BaseException | None = None) -> None:
         logger.warning("%s%s", reason, "" if error is None else f": {error}")

@@ -36,6 +36,7 @@ from ray_trainer.cluster.connections import Connection, connections_between_rank
 from ray_trainer.cluster.link import beside_driver
 from ray_trainer.cluster.rendezvous import Card
 from ray_trainer.cluster.replacement import missing_interface
+from ray_trainer.cluster.termination import is_to_go
 from ray_trainer.config import TrainingConfig
 from ray_trainer.runtime import Stop
 from ray_trainer.storage.snapshots import ProcessMemory
@@ -280,7 +281,12 @@ class _Member:
                 )
                 if self._rank >= 0:
                     return None
-            if not answer.get("gathers", True):
+            gathers = answer.get("gathers", True)
+            if is_to_go():
+                if not gathers:
+                    raise RuntimeError("This worker was told to end (SIGTERM), and is not needed at the moment.")
+                self._way.stop(Stop.PREEMPTION)  # those who wait save what they have
+            if not gathers:
                 if not self._is_warm:
                     self._is_warm = True
                     self.memory.story["is_spare"] = self._way.num_spares > 0

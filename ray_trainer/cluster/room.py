@@ -1,39 +1,18 @@
 """How many trials a cluster has room for, and the next to nothing that a trial itself occupies."""
 
 import logging
-from collections.abc import Sequence
 
 import ray
 from ray.tune import PlacementGroupFactory
 
 from ray_trainer.cluster.config import ClusterConfig
-from ray_trainer.cluster.session import resource_plan, resources_per_worker, worker_bounds
+from ray_trainer.cluster.session import resource_plan, room_for_runs
 from ray_trainer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _NEXT_TO_NOTHING = 0.001
 _SHARED = 0.9  # of the driver's node, among trials that take turns
-
-
-def room_for_trials(cluster: ClusterConfig, nodes: Sequence[dict[str, float]]) -> int:
-    """How many runs find room on these nodes at the same time, each with its greatest number of workers if possible."""
-    needed = {name: amount for name, amount in resources_per_worker(cluster).items() if amount}
-    workers = [min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes]
-    least, most = (bound + cluster.spare_workers for bound in worker_bounds(cluster))
-    return _fitting(workers, most, cluster.placement_strategy) or _fitting(workers, least, cluster.placement_strategy)
-
-
-def _fitting(room: Sequence[int], num_workers: int, strategy: str) -> int:
-    """Groups of so many workers that fit on nodes with room for so many workers each."""
-    if strategy == "STRICT_PACK":
-        return sum(there // num_workers for there in room)
-    if strategy == "STRICT_SPREAD":
-        count = 0
-        while sum(min(there, count + 1) for there in room) >= (count + 1) * num_workers:
-            count += 1
-        return count
-    return sum(room) // num_workers
 
 
 def concurrent_trials(cluster: ClusterConfig, wanted: int | None) -> int:
@@ -45,7 +24,7 @@ def concurrent_trials(cluster: ClusterConfig, wanted: int | None) -> int:
     Raises:
         ConfigError: this machine has no room for as many as are wanted.
     """
-    room = room_for_trials(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    room = room_for_runs(cluster, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if wanted is None:
         return max(1, room)
     if wanted > room and cluster.address is None:

@@ -1,8 +1,9 @@
 """`Runtime` over Ray Train: the worker's device, the run's directory, reports, and the link to the driver."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -14,11 +15,13 @@ from ray.actor import ActorHandle
 from ray.train import CheckpointUploadMode
 
 from ray_trainer import distributed
+from ray_trainer.cluster.departure import Departure
 from ray_trainer.cluster.link import WorkerLink
 from ray_trainer.cluster.monitor import Monitor
 from ray_trainer.cluster.notices import Notices
 from ray_trainer.cluster.storage import storage_of
 from ray_trainer.cluster.telemetry import Telemetry
+from ray_trainer.cluster.termination import is_to_go
 from ray_trainer.cluster.vault import RayVault
 from ray_trainer.pulse.deadlines import Terms
 from ray_trainer.runtime import Stop, fence_on_all_ranks
@@ -37,6 +40,7 @@ class RayRuntime:
         lease: int,
         vault: RayVault | None,
         hang: Terms | None,
+        has_room: Callable[[Sequence[str], Collection[str]], bool],
         survivor: ProcessMemory | None = None,
     ) -> None:
         """Take what the driver sent along.
@@ -47,12 +51,14 @@ class RayRuntime:
             lease: the driver's; this start of the workers claims the run on its behalf.
             vault: for snapshots in memory, if there are to be any.
             hang: when this worker counts as hung; None for never.
+            has_room: whether workers on some nodes find room when some nodes are left.
             survivor: memory of this process, if a rank that dies is replaced alone.
         """
         self._context = ray.train.get_context().get_storage()  # DeveloperAPI: where Ray keeps this run
         self._storage = storage_of(self._context.storage_filesystem, self._context.experiment_fs_path)
         self._lease = lease
         self._vault = vault
+        self._has_room = has_room
         self._survivor = survivor
         self._description = description
         self._link = WorkerLink(link if distributed.rank() == 0 else None)
@@ -84,9 +90,10 @@ class RayRuntime:
 
     def __enter__(self) -> "RayRuntime":
         """Open the link. Collective."""
-        nodes = frozenset(distributed.gather_objects(ray.get_runtime_context().get_node_id()))
+        nodes = distributed.gather_objects(ray.get_runtime_context().get_node_id())
         if distributed.rank() == 0:
-            self._notices = Notices(lambda: self._storage, nodes)
+            departure = Departure(nodes, outlives=self._survivor is not None)
+            self._notices = Notices(lambda: self._storage, departure, partial(self._has_room, nodes))
             self._notices.open()
         self._link.open()
         self._telemetry.open()
@@ -118,10 +125,11 @@ class RayRuntime:
 
     def requested_stop(self) -> Stop:
         """See `Runtime`."""
-        return max(self._link.stop, self._notices.stop) if self._notices else self._link.stop
+        noticed = self._notices.stop if self._notices else Stop.NONE
+        return max(self._link.stop, noticed, Stop.PREEMPTION if is_to_go() else Stop.NONE)
 
     def requested_save(self) -> bool:
-        """See `Runtime`; while Ray's head is lost, only storage is there to save to."""
+        """See `Runtime`; the head is lost, or a node is going to be."""
         return self._notices is not None and self._notices.take_wish_to_save()
 
     def show(self, progress: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,6 +127,44 @@ def missing_resources(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> 
         f"the run needs {resource_plan(cluster)}, but {len(nodes)} node(s) with {there} in all hold only {room}. "
         f"Set {_fewer(cluster, room)}, ask for less in cluster.resources_per_worker, or use a larger cluster"
     )
+
+
+def room_for_runs(cluster: ClusterConfig, nodes: Sequence[dict[str, float]]) -> int:
+    """How many runs find room on these nodes at the same time, each with its greatest number of workers if possible."""
+    needed = {name: amount for name, amount in resources_per_worker(cluster).items() if amount}
+    workers = [min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in needed.items()) for node in nodes]
+    least, most = (bound + cluster.spare_workers for bound in worker_bounds(cluster))
+    return _fitting(workers, most, cluster.placement_strategy) or _fitting(workers, least, cluster.placement_strategy)
+
+
+def _fitting(room: Sequence[int], num_workers: int, strategy: str) -> int:
+    """Groups of so many workers that fit on nodes with room for so many workers each."""
+    if strategy == "STRICT_PACK":
+        return sum(there // num_workers for there in room)
+    if strategy == "STRICT_SPREAD":
+        count = 0
+        while sum(min(there, count + 1) for there in room) >= (count + 1) * num_workers:
+            count += 1
+        return count
+    return sum(room) // num_workers
+
+
+def has_room_elsewhere(cluster: ClusterConfig, nodes: Sequence[str], leaving: Collection[str]) -> bool:
+    """Whether all workers of a run find room on nodes that stay, once they have left where they are.
+
+    Args:
+        cluster: what they need.
+        nodes: id of the node of each worker.
+        leaving: ids of those that are going to be taken away.
+    """
+    needed = resources_per_worker(cluster)
+    free = ray._private.state.available_resources_per_node()  # DeveloperAPI
+    stay = [
+        {name: there.get(name, 0.0) + nodes.count(node) * amount for name, amount in needed.items()}
+        for node, there in free.items()
+        if node not in leaving
+    ]
+    return room_for_runs(cluster, stay) > 0
 
 
 def _fewer(cluster: ClusterConfig, room: int) -> str:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import ray
 import ray.train
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S = 0.25
 _ASK_EVERY_S = 10.0
 _ASK_OFTEN_S = 3.0  # once the run is to stop: Ray's controller may wait for room all the while
-_LEAVES = "a node of the run is going to be taken away; all workers have saved and go on elsewhere"
+_LEAVES = "a node or a worker of the run is going to be taken away; all workers have saved and are started anew"
 
 
 def run_to_end(
@@ -57,6 +58,8 @@ def run_to_end(
         start = _Start(*prepare(), link, watch)
         ended = start.wait()
         if isinstance(ended, Outcome) and ended.stop is Stop.PREEMPTION:
+            if watch.wish() is not Stop.NONE:  # of all processes, as by Slurm
+                return replace(ended, stop=watch.wish())
             record(storage, link, "preempted", reason=_LEAVES)
             continue
         if not isinstance(ended, ray.exceptions.RayActorError) or not retries.allow(furthest_step(storage, link)):

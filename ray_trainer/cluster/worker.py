@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -54,6 +54,7 @@ class Job:
         lease: the driver's, on the run's directory; 0 where nothing is going to be written.
         hang: when a worker counts as hung; None for never.
         start_from: a checkpoint of another run, for as long as this one has none of its own.
+        has_room: whether workers on some nodes find room when some nodes are left.
         rejoining: how workers find each other again; None if all are started again when one dies.
     """
 
@@ -67,6 +68,7 @@ class Job:
     vault: RayVault | None
     lease: int
     hang: Terms | None
+    has_room: Callable[[Sequence[str], Collection[str]], bool]
     start_from: str | None = None
     rejoining: Rejoining | None = None
 
@@ -135,7 +137,7 @@ def _warm_up(job: Job) -> None:
 
 
 def _train(job: Job, datasets: dict[str, Any], survivor: ProcessMemory | None) -> Outcome:
-    runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang, survivor)
+    runtime = RayRuntime(job.link, job.description, job.lease, job.vault, job.hang, job.has_room, survivor)
     trainer: Trainer | None = None
     is_alone = distributed.world_size() == 1
     try:

@@ -1,7 +1,7 @@
 """Ray's controller, Ray's head or a node goes away while a run is on it; the run ends as if nothing had happened."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -35,6 +35,7 @@ ray.cloudpickle.register_pickle_by_value(slow_points)  # workers cannot import i
 
 TRAINING = {"batch_size": 4, "learning_rate": 1e-2, "log_every_n_steps": 1, "save_every_n_steps": 20}
 GRACE_S = 15
+NOTICE_S = 20
 
 
 def run_file(directory: Path, **changes: Any) -> Path:
@@ -75,8 +76,9 @@ def test_lost_head_leaves_a_checkpoint_of_that_time_and_the_command_given_again_
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch) -> Iterator[Cluster]:
     """A head, and two nodes each of which has room for both workers."""
+    monkeypatch.setenv("SLOW_POINTS_PAUSE_S", "0.08")  # so that the run is not over before the second notice is
     with short_directory() as temp_dir:
         head = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False, "temp_dir": temp_dir}
         cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
@@ -87,25 +89,46 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_node_that_is_drained_is_left_after_a_save_and_no_step_is_repeated(cluster, tmp_path, undisturbed):
+def test_nodes_that_are_drained_are_left_after_a_save_and_no_step_is_repeated(cluster, tmp_path, undisturbed):
+    """The first at once, because there is room on the second; that one in the end, because there is none."""
+
     run_dir = tmp_path / "points"
     where = ClusterConfig(
         2, name="points", storage_path=str(tmp_path), resources_per_worker={"CPU": 1, "seat": 1}, max_failures=0
     )
     thread = Thread(target=fit, args=(slow_points.experiment, TrainingConfig(epochs=1, **TRAINING), where))
     thread.start()
-    while not [row for row in whole_lines(run_dir / "metrics.jsonl") if row["step"] >= 45]:
-        assert thread.is_alive()
-        time.sleep(0.02)
-    drained = node_of_workers(cluster)
-    assert drain(cluster, drained)
+
+    def wait_for(rows: Callable[[], list[Any]]) -> list[Any]:
+        while not (found := rows()):
+            assert thread.is_alive()
+            time.sleep(0.02)
+        return found
+
+    wait_for(lambda: [row for row in whole_lines(run_dir / "metrics.jsonl") if row["step"] >= 25])
+    first = node_of_workers(cluster)
+    assert drain(cluster, first, notice_s=120)
+    wait_for(lambda: told(run_dir, "resumed"))
+    second = node_of_workers(cluster)
+    assert second is not first
+    cluster.remove_node(first)
+    assert drain(cluster, second, notice_s=NOTICE_S)
+    given_at = time.time()
+    wait_for(lambda: told(run_dir, "preempted")[1:])
+    left_at = time.time()
+    cluster.remove_node(second)
+    cluster.add_node(num_cpus=2, resources={"seat": 2}, object_store_memory=100_000_000)
     thread.join(120)
 
     assert not thread.is_alive()
-    (preempted,) = events(run_dir, "preempted")
-    (resumed,) = events(run_dir, "resumed")
-    before = [row["step"] for row in whole_lines(run_dir / "metrics.jsonl") if row["time"] < preempted["time"]]
-    assert resumed["step"] == before[-1]  # no step is repeated
+    (notice,) = events(run_dir, "preemption_notice")
+    assert given_at < notice["time"] < given_at + NOTICE_S
+    saves = [save["step"] for save in events(run_dir, "checkpoint_saved") if given_at < save["time"] < left_at]
+    preempted = [event["time"] for event in events(run_dir, "preempted")]
+    done = [[row["step"] for row in whole_lines(run_dir / "metrics.jsonl") if row["time"] < left] for left in preempted]
+    assert [event["step"] for event in events(run_dir, "resumed")] == [steps[-1] for steps in done]  # none is repeated
+    assert len(set(saves)) >= 2
+    assert saves[-1] == done[1][-1] > saves[0] > done[0][-1]
     assert events(run_dir, "failure") == []
     assert_same_run(undisturbed, run_dir)
 
@@ -120,10 +143,14 @@ def node_of_workers(cluster: Cluster) -> Any:
     return node
 
 
-def drain(cluster: Cluster, node: Any) -> bool:
-    """Announce that the node is going to be taken away in two minutes."""
+def told(run_dir: Path, event: str) -> list[Any]:
+    return [row for row in whole_lines(run_dir / "events.jsonl") if row["event"] == event]
+
+
+def drain(cluster: Cluster, node: Any, notice_s: int) -> bool:
+    """Announce that the node is going to be taken away."""
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, _ = GcsClient(address=cluster.address).drain_node(
-        node.node_id, reason, "spot", int(time.time() * 1000) + 120_000
+        node.node_id, reason, "spot", int((time.time() + notice_s) * 1000)
     )
     return bool(accepted)

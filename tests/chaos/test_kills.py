@@ -87,7 +87,7 @@ def test_second_driver_is_refused_and_the_same_command_right_after_a_kill_ends_a
     assert_same_run(undisturbed, command.run_dir)
 
 
-def test_run_stopped_by_sigterm_and_by_ctrl_c_goes_on_from_its_last_step(run_file, undisturbed):
+def test_run_whose_driver_and_workers_are_told_to_end_goes_on_from_its_last_step(run_file, undisturbed):
     run_dir = run_file.parent / "digits"
     code, output = stop_after_steps(run_file, KILL_AT_STEP, lambda command: command.send_to_group(signal.SIGTERM))
     terminated_at = step_of(newest_checkpoint(run_dir))
@@ -102,9 +102,19 @@ def test_run_stopped_by_sigterm_and_by_ctrl_c_goes_on_from_its_last_step(run_fil
     assert "Traceback" not in output
     assert interrupted_at == whole_lines(run_dir / "metrics.jsonl")[-1]["step"] >= step
 
-    finish(run_file)
+    with training(run_file) as command:
+        told_at = command.wait_for_step(interrupted_at + 10)
+        os.kill(command.worker_pid(1), signal.SIGTERM)
+        assert command.wait() == 0, command.output
+    (preempted,) = events(run_dir, "preempted")
+    preempted_at = [row["step"] for row in whole_lines(run_dir / "metrics.jsonl") if row["time"] < preempted["time"]][
+        -1
+    ]
+    assert preempted_at >= told_at
 
-    assert [event["step"] for event in events(run_dir, "resumed")] == [terminated_at, interrupted_at]
+    resumed = [event["step"] for event in events(run_dir, "resumed")]
+    assert resumed == [terminated_at, interrupted_at, preempted_at]  # no step is repeated
+    assert events(run_dir, "failure") == []
     assert_same_run(undisturbed, run_dir)
 
 

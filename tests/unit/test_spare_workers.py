@@ -4,8 +4,7 @@ import pytest
 
 from ray_trainer.cli.runfile import RunFile
 from ray_trainer.cluster import ClusterConfig
-from ray_trainer.cluster.room import room_for_trials
-from ray_trainer.cluster.session import missing_resources, resource_plan
+from ray_trainer.cluster.session import missing_resources, resource_plan, room_for_runs
 from ray_trainer.config import TrainingConfig
 from ray_trainer.errors import ConfigError
 
@@ -43,4 +42,4 @@ def test_spares_are_part_of_what_a_run_needs():
     missing = missing_resources(cluster, [{"CPU": 2.0}])
     assert missing is not None
     assert "Set cluster.spare_workers=0" in missing
-    assert room_for_trials(cluster, [{"CPU": 8.0}]) == 2
+    assert room_for_runs(cluster, [{"CPU": 8.0}]) == 2

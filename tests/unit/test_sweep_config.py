@@ -18,9 +18,9 @@ from ray_trainer.checkpoint import list_checkpoints
 from ray_trainer.cli.runfile import load_run_file, resolved
 from ray_trainer.cluster import ClusterConfig, SweepConfig, choice, grid, loguniform, randint, uniform
 from ray_trainer.cluster.ledger import Ledger
-from ray_trainer.cluster.room import room_for_trials
 from ray_trainer.cluster.schedule import as_result, build_scheduler, prime
 from ray_trainer.cluster.search import DrawnSearch, open_search
+from ray_trainer.cluster.session import room_for_runs
 from ray_trainer.cluster.space import KINDS, read_domain
 from ray_trainer.cluster.sweep_job import saved_with_each_validation
 from ray_trainer.cluster.trials import as_csv, trials_of
@@ -200,7 +200,7 @@ def test_each_validation_gets_its_checkpoint():
 def test_room_is_counted_in_whole_runs(workers, strategy, cpus, room):
     cluster = ClusterConfig(num_workers=workers, placement_strategy=strategy)
 
-    assert room_for_trials(cluster, [{"CPU": float(count)} for count in cpus]) == room
+    assert room_for_runs(cluster, [{"CPU": float(count)} for count in cpus]) == room
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])

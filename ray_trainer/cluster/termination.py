@@ -1,0 +1,34 @@
+"""A worker process that is told to end (SIGTERM) has the run save before it goes.
+
+Whoever takes a machine away says so first with that signal: Slurm, Kubernetes, systemd, an operator. By itself Ray
+2.60 ends a worker at once, and all that was not saved is lost. Here the worker trains on, and what it knows reaches
+the others with the next step.
+"""
+
+import signal
+import threading
+from types import FrameType
+
+from ray.train.v2._internal.execution.callback import WorkerCallback
+
+_told = threading.Event()
+
+
+class TerminationNotice(WorkerCallback):
+    """Runs in every worker, at its start, on the main thread: the first SIGTERM is a notice, the second one ends it."""
+
+    def after_init_train_context(self) -> None:
+        """Called by Ray before training begins, which is done by another thread."""
+        before = signal.getsignal(signal.SIGTERM)
+
+        def hear(number: int, frame: FrameType | None) -> None:
+            if _told.is_set() and callable(before):
+                before(number, frame)  # Ray's own
+            _told.set()
+
+        signal.signal(signal.SIGTERM, hear)
+
+
+def is_to_go() -> bool:
+    """Whether this process was told to end."""
+    return _told.is_set()
