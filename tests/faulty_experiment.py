@@ -1,7 +1,10 @@
 """An experiment in which that goes wrong which ``model.fault`` names."""
 
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,19 +58,38 @@ DATASETS: dict[str, Callable[[], dict[str, Any]]] = {
     "wide features": lambda: {"train": Points(width=6)},
     "stuck valve": lambda: {"train": points_with("features", 20, 1000.0)},
     "crash": lambda: {"train": points_with("features", 20, 2000.0)},
+    "hunger": lambda: {"train": points_with("features", 20, 3000.0)},
     "build_datasets": lambda: fail(FileNotFoundError("no points at /data/points.csv")),
     "no train": lambda: {"training": Points()},
 }
 
 
+@contextmanager
+def limited_memory(more_bytes: int) -> Iterator[None]:
+    """Inside, this process may take so much more and no more."""
+    mapped_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + more_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 class Valve(nn.Module):
-    """Lets everything pass except a thousand, and takes the process with it at two thousand."""
+    """Lets everything pass except a thousand, and takes the process with it at two thousand.
+
+    Three thousand among more than two samples need more memory than the process may have.
+    """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if (features == 2000).any():
             os._exit(1)
         if (features == 1000).any():
             raise RuntimeError("the valve is stuck")
+        if (features == 3000).any() and len(features) > 2:
+            with limited_memory(256 << 20):
+                torch.zeros(1 << 30, dtype=torch.uint8)
         return features
 
 

@@ -20,6 +20,7 @@ from ray_trainer.errors import (
     DataError,
     DivergenceError,
     LeaseLostError,
+    MemoryShortageError,
     RayTrainerError,
     RepeatedFailureError,
     StateMismatchError,
@@ -41,6 +42,10 @@ FINAL_ERRORS = (
     StateMismatchError,
 )
 _ANSWER_WITHIN_S = 5.0
+#: What Ray's memory monitor says of a worker that it has ended: an `OutOfMemoryError`, which is no `RayActorError`.
+_LOW_MEMORY = re.compile(
+    r"killed due to the node running low on memory(?:\. Memory on the node \(IP: ([^,)]+)[^)]*\) was (.+? limit))?"
+)
 
 
 class FailureRecorder(UserCallback):
@@ -87,7 +92,9 @@ class FailureRecorder(UserCallback):
         cause = describe_failures(failures)
         for hang in self._new_hangs():
             self._link.announce.remote(hang)
-        record(self._run, self._link, "failure", cause=cause, traceback=_tracebacks(failures))
+        short = [rank for rank, error in failures.items() if _LOW_MEMORY.search(str(error))]
+        details = {"out_of_memory": short} if short else {}
+        record(self._run, self._link, "failure", cause=cause, traceback=_tracebacks(failures), **details)
         final: RayTrainerError | None = next(filter(None, map(final_error, failures.values())), None)
         final = final or self._hopeless(errors, cause, failures.keys())
         if final is not None:
@@ -98,10 +105,12 @@ class FailureRecorder(UserCallback):
     ) -> RepeatedFailureError | None:
         """Why the run will fail again, if it will."""
         again = self._repetitions.find(errors)
-        if again is not None and not self._leaves_out:
+        is_shortage = again is not None and isinstance(errors[again], MemoryShortageError)
+        if again is not None and (is_shortage or not self._leaves_out):
             traceback, step = errors[again].__notes__[-2:]
+            explanation = errors[again] if is_shortage else traceback.rstrip()
             return RepeatedFailureError(
-                f"{traceback.rstrip()}\n\nThis came twice at the same place, {step}, so it would come after every "
+                f"{explanation}\n\nThis came twice at the same place, {step}, so it would come after every "
                 f"restart. Correct its cause and give the same command again: {what_is_kept(self._run)}"
             )
         is_new = self._episodes.is_new(_attempt(self._run), ranks)
@@ -220,6 +229,12 @@ def _line(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         return _line(cause)
     text = str(error).strip()
+    if low := _LOW_MEMORY.search(text):
+        place = f" ({low[1]}: {low[2]})" if low[1] else ""
+        return (
+            f"Ray ended the worker process because its node ran out of memory{place}: lower batch_size or set "
+            "on_out_of_memory to 'halve', or let less run on the node"
+        )
     if "worker process has died" in text or "actor died" in text.lower():
         return f"the worker process died{_found(r'pid[:=] ?([0-9]+)', text, ' (pid {})')}{_exit_detail(text)}"
     last = text.splitlines()[-1].strip() if "Traceback" in text else " ".join(text.split())

@@ -20,6 +20,8 @@ from ray.util import placement_group_table
 
 logger = logging.getLogger(__name__)
 
+#: The second one is of workers that Ray ends for want of memory.
+_DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 _ATTEMPTS = 3
 _ANSWERS_WITHIN_S = 30.0
 _MOVES_WITHIN_S = 5.0
@@ -79,7 +81,7 @@ class ReplacementGuard(WorkerGroupCallback):
                 try:
                     replace(index)
                 except Exception as error:
-                    has_died = any(isinstance(each, ray.exceptions.RayActorError) for each in (error, error.__cause__))
+                    has_died = any(isinstance(each, _DEATHS) for each in (error, error.__cause__))
                     if not has_died or attempt == _ATTEMPTS:
                         raise
                     logger.warning("Worker %d could not be replaced, because one has died since.", index)

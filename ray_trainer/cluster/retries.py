@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from ray_trainer.errors import RayTrainerError
+from ray_trainer.errors import MemoryShortageError, RayTrainerError
 
 _PLACE = re.compile(r'File "(.+)", line (\d+), in ')
 #: May pass by themselves, so that the same one twice says nothing.
@@ -94,7 +94,8 @@ class Repetitions:
     def find(self, errors: Mapping[int, BaseException]) -> int | None:
         """A rank whose error is its last one again: the same kind, at the same line, after the same step.
 
-        Errors that may pass do not count, nor do processes that died without one.
+        Errors that may pass do not count, nor do processes that died without one. Memory may not suffice because of
+        a neighbour, and is the same again for as many samples in the same step.
         """
         found = {rank: place for rank, error in errors.items() if (place := _place(error))}
         again = next((rank for rank, place in found.items() if self._places.get(rank) == place), None)
@@ -109,6 +110,8 @@ def note_place(error: BaseException, traceback: str, step: int) -> None:
 
 
 def _place(error: BaseException) -> Place | None:
+    if isinstance(error, MemoryShortageError):  # wherever in the step it was that nothing was left
+        return (type(error).__name__, str(error).partition(":")[0])
     notes = getattr(error, "__notes__", [])
     if len(notes) < 2 or isinstance(error, _PASSING):
         return None

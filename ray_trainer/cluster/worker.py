@@ -143,11 +143,9 @@ def _train(job: Job, datasets: dict[str, Any], survivor: ProcessMemory | None) -
     try:
         trainer = _build_trainer(job, runtime)
         results = trainer.train(datasets["train"], datasets.get("val"), resume_from=_origin(trainer, job))
-    except RayTrainerError as error:
-        if (error.on_all_ranks or is_alone) and final_error(error) is not None:
-            return Outcome(results=None, error=error, stop=Stop.NONE)
-        raise
     except Exception as error:
+        if isinstance(error, RayTrainerError) and (error.on_all_ranks or is_alone) and final_error(error) is not None:
+            return Outcome(results=None, error=error, stop=Stop.NONE)
         note_place(error, traceback.format_exc(), trainer.progress.step if trainer else 0)
         raise
     return Outcome(results=results, error=None, stop=runtime.stopped)

@@ -13,7 +13,7 @@ from experiments import checkpoints, events, everything_in, run
 from ray_trainer import TrainingConfig
 from ray_trainer.cluster import ClusterConfig, fit
 from ray_trainer.cluster.storage import SNAPSHOT
-from ray_trainer.errors import ConfigError, DataError
+from ray_trainer.errors import ConfigError, DataError, RepeatedFailureError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -46,11 +46,11 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def fit_with(fault: str, storage_path: Path, **cluster: Any) -> None:
+def fit_with(fault: str, storage_path: Path, training: dict[str, Any] | None = None, **cluster: Any) -> None:
     settings: dict[str, Any] = {"num_workers": 2, "name": "faulty", "storage_path": str(storage_path)}
     fit(
         faulty_experiment.experiment,
-        TrainingConfig(**TRAINING),
+        TrainingConfig(**TRAINING | (training or {})),
         ClusterConfig(**(settings | cluster)),
         {"fault": fault},
     )
@@ -139,6 +139,25 @@ def test_command_ends_when_the_same_error_comes_twice_at_the_same_place_with_the
     assert len(events(run_dir, "failure")) == 2
     assert len(events(run_dir, "workers_started")) == 2
     assert checkpoints_of(run_dir) == [1, 2]
+
+
+def test_fit_explains_memory_that_does_not_suffice_twice_and_goes_on_with_fewer_samples_at_once(tmp_path):
+    with pytest.raises(RepeatedFailureError) as caught:
+        fit_with("hunger", tmp_path, max_failures=100)
+
+    run_dir = tmp_path / "faulty"
+    told = str(caught.value)
+    assert told.startswith("Out of memory in step 3, with 4 samples at once")
+    assert told.index("on_out_of_memory to 'halve'") < told.index("twice at the same place, after step 2")
+    assert len(events(run_dir, "failure")) == 2
+    assert checkpoints_of(run_dir) == [1, 2]
+
+    fit_with("hunger", tmp_path, {"on_out_of_memory": "halve"}, max_failures=100)
+
+    (halved,) = events(run_dir, "out_of_memory")
+    assert (halved["step"], halved["rank"], halved["samples_at_once"]) == (3, 1, 2)
+    assert len(events(run_dir, "failure")) == 3
+    assert checkpoints_of(run_dir) == [1, 2, 3, 4, 5]
 
 
 def test_command_ends_when_workers_die_again_and_again_without_progress(tmp_path):

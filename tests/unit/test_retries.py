@@ -4,12 +4,16 @@ import pickle
 import traceback
 
 import pytest
+from ray.exceptions import OutOfMemoryError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from ray_trainer.cluster.events import furthest_on_storage
+from ray_trainer.cluster.events import describe_failures, furthest_on_storage
 from ray_trainer.cluster.retries import Episodes, Pauses, Repetitions, Retries, note_place
-from ray_trainer.errors import CheckpointError
+from ray_trainer.errors import CheckpointError, MemoryShortageError
 from ray_trainer.metrics import EventLog
 from ray_trainer.storage import Storage
+
+SHORTAGES = [("4 samples", "this"), ("2 samples", "this"), ("2 samples", "that")]
 
 
 def raised(message: str, step: int, kind: type[Exception] = ValueError) -> Exception:
@@ -112,6 +116,31 @@ def test_another_step_kind_or_line_is_another_error(other):
     repetitions = Repetitions()
 
     assert [repetitions.find({0: error}) for error in (raised("x", step=3), other)] == [None, None]
+
+
+def test_memory_that_does_not_suffice_twice_for_as_many_samples_of_the_same_step_is_a_repetition():
+    shortages = [f"Out of memory in step 4, with {count} at once: because of {why}" for count, why in SHORTAGES]
+
+    repetitions = Repetitions()
+    found = [repetitions.find({0: raised(text, step=3, kind=MemoryShortageError)}) for text in shortages]
+
+    assert found == [None, None, 0]  # it was tried with fewer samples first
+
+
+def test_worker_that_ray_ends_for_want_of_memory_is_told_from_others_with_what_to_do():
+    error = OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: "
+        "4c891b49) was 5.11GB used / 23.54GB limit (0.216872)\nOOM kill reason: Memory usage 5437370368B exceeded "
+        "threshold of 5225816576B (20.7% of 25276502016B limit)\nObject store memory usage: [- objects spillable: 0"
+    )  # as Ray 2.60 words it
+
+    cause = describe_failures({1: WorkerHealthCheckFailedError("A worker health check failed.", error)})
+
+    assert cause.startswith(
+        "rank 1: Ray ended the worker process because its node ran out of memory (192.0.2.2: 5.11GB used / 23.54GB "
+    )
+    assert "on_out_of_memory to 'halve'" in cause
+    assert "\n" not in cause
 
 
 @pytest.mark.parametrize("kind", [OSError, TimeoutError, ConnectionError, CheckpointError])
