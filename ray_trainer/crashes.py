@@ -1,12 +1,9 @@
 """Batches at which training fails twice: which samples they hold, and leaving them out from then on."""
 
 import logging
-import mmap
-import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +14,7 @@ from ray_trainer.data.crashing import CrashingSamples
 from ray_trainer.data.ordered import OrderedSource
 from ray_trainer.errors import DataError
 from ray_trainer.journal import Journal
+from ray_trainer.marks import BACKWARD, BEREFT, FORWARD, NOWHERE, Mark, Marks, ended_for_memory, to_blame
 from ray_trainer.metrics.events import read_events
 from ray_trainer.shortage import is_shortage
 from ray_trainer.state import Progress
@@ -25,39 +23,13 @@ from ray_trainer.storage import Storage
 logger = logging.getLogger(__name__)
 
 _FAILED, _LEFT_OUT = "batch_failed", "batch_quarantined"
-_FOLDER = ".steps"
-NOWHERE, FORWARD, BACKWARD = range(3)
-
-
-class Mark(NamedTuple):
-    """Where a process is: eight bytes each in a file that outlives it.
-
-    Attributes:
-        attempt: start of the run.
-        epoch, step_in_epoch, step: completed ones.
-        world_size, rank: of the process.
-        micro_batch: which of the rank's, from 0.
-        phase: nowhere in particular, in the forward or in the backward pass.
-    """
-
-    attempt: int
-    epoch: int
-    step_in_epoch: int
-    step: int
-    world_size: int
-    rank: int
-    micro_batch: int
-    phase: int
-
-
-_FORM = struct.Struct("<8q")
 
 
 class Crashes:
     """Remembers at which batches training failed, and quarantines those that made it fail twice.
 
-    A batch fails when its forward or backward pass raises, or when the process dies in it, which a mark in memory
-    that outlives the process tells (where storage is local). The first time nothing is done: the run is started
+    A batch fails when its forward or backward pass raises, or when the process dies in it, which its mark tells,
+    unless it was for want of memory. The first time nothing is done: the run is started
     again, by Ray or by whoever gives the command. At the next start after a second failure at the same step, all
     ranks leave the samples of that micro-batch out, at this step and from there on; the order of all others is
     what it was. So it is on every later start. They count towards ``max_bad_ratio``.
@@ -67,20 +39,26 @@ class Crashes:
         progress: of the run.
         source: of the training; one without random access can't tell its samples, and is left alone.
         journal: keeps what failed and what is left out.
+        marks: of this process.
     """
 
-    def __init__(self, config: TrainingConfig, progress: Progress, source: BatchSource, journal: Journal) -> None:
+    def __init__(
+        self, config: TrainingConfig, progress: Progress, source: BatchSource, journal: Journal, marks: Marks
+    ) -> None:
         is_wanted = config.on_bad_data == "quarantine" and not config.fast_dev_run
         self._source = source if is_wanted and isinstance(source, OrderedSource) else None
         self._max_ratio = config.max_bad_ratio
         self._progress = progress
         self._journal = journal
-        self._attempt = 0
+        self._marks = marks
         self._place = (0, NOWHERE)
-        self._file: mmap.mmap | None = None
 
-    def recall(self, storage: Storage) -> None:
+    def recall(self, storage: Storage, left: Sequence[Mark]) -> None:
         """Leave out what earlier attempts failed at twice. Collective.
+
+        Args:
+            storage: of the run.
+            left: marks of the attempt before.
 
         Raises:
             DataError: on all ranks; that is more than ``max_bad_ratio`` allows.
@@ -90,53 +68,40 @@ class Crashes:
         found: list[CrashingSamples] = []
         with distributed.same_error_everywhere():
             if distributed.rank() == 0:
-                self._tell_deaths(storage)
+                self._tell_deaths(left, read_events(storage))
                 found = self._failed_twice(read_events(storage))
         self._source.leave_out(distributed.broadcast_object(found))
-        self._attempt = self._journal.attempt
-        if storage.is_local:
-            self._file = _open(storage.local_path(_FOLDER), distributed.rank())
 
     def enter(self, micro_batch: int) -> None:
         """The forward pass of a micro-batch begins."""
-        if self._source is not None:
-            self._mark(micro_batch, FORWARD)
+        self._mark(micro_batch, FORWARD)
 
     def enter_backward(self, micro_batch: int) -> None:
         """Its backward pass begins, in which ranks wait for each other."""
-        if self._source is not None:
-            self._mark(micro_batch, BACKWARD)
+        self._mark(micro_batch, BACKWARD)
 
     def leave(self) -> None:
         """All passes of the step are done."""
-        if self._source is not None:
-            self._mark(0, NOWHERE)
+        self._mark(0, NOWHERE)
 
     def failed(self, error: BaseException) -> None:
         """Keep that the pass in progress raised, unless another rank or a shortage of memory is to blame."""
         micro_batch, phase = self._place
-        self.leave()
         is_consequence = distributed.blames_another(str(error))
+        self._mark(0, BEREFT if is_consequence else NOWHERE)
         if self._source is None or phase == NOWHERE or is_consequence or is_shortage(error):
             return
         if isinstance(error, Exception):
             self._tell(self._mark_of(micro_batch, phase), f"{type(error).__name__}: {error}")
 
-    def close(self) -> None:
-        """The run ends: nobody died."""
-        self.leave()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _mark(self, micro_batch: int, phase: int) -> None:
         self._place = (micro_batch, phase)
-        if self._file is not None:
-            _FORM.pack_into(self._file, 0, *self._mark_of(micro_batch, phase))
+        self._marks.put(self._mark_of(micro_batch, phase))
 
     def _mark_of(self, micro_batch: int, phase: int) -> Mark:
         progress, ranks = self._progress, (distributed.world_size(), distributed.rank())
-        return Mark(self._attempt, progress.epoch, progress.step_in_epoch, progress.step, *ranks, micro_batch, phase)
+        attempt = self._journal.attempt
+        return Mark(attempt, progress.epoch, progress.step_in_epoch, progress.step, *ranks, micro_batch, phase)
 
     def _tell(self, mark: Mark, why: str) -> None:
         assert self._source is not None  # else there are no marks
@@ -152,16 +117,14 @@ class Crashes:
             samples=samples[min(mark.micro_batch, len(samples) - 1)].tolist(),
         )
 
-    def _tell_deaths(self, storage: Storage) -> None:
-        """Keep where processes of the attempt before died, and clear their marks."""
-        if not storage.is_local:
-            return
-        files = _files(storage.local_path(_FOLDER)) if self._journal.attempt > 1 else []
-        marks = [Mark._make(_FORM.unpack(path.read_bytes()[: _FORM.size])) for path in files]
-        told = {event["failed_attempt"] for event in read_events(storage) if event["event"] == _FAILED}
-        for mark in to_blame([mark for mark in marks if mark.attempt not in told]):
-            self._tell(mark, "the process died")
-        storage.delete(_FOLDER)
+    def _tell_deaths(self, left: Sequence[Mark], events: Sequence[Mapping[str, Any]]) -> None:
+        """Keep where processes of the attempt before died."""
+        told = {event["failed_attempt"] for event in events if event["event"] == _FAILED}
+        dead = to_blame([mark for mark in left if mark.attempt not in told])
+        for_memory = ended_for_memory(dead, events)
+        for mark in dead:
+            if mark not in for_memory:
+                self._tell(mark, "the process died")
 
     def _failed_twice(self, events: Iterable[Mapping[str, Any]]) -> list[CrashingSamples]:
         assert self._source is not None  # asked only then
@@ -192,27 +155,3 @@ class Crashes:
                 f"max_bad_ratio ({self._max_ratio:g}) allows to leave out. What was raised is in events.jsonl, "
                 "as batch_failed. Mend it, or raise max_bad_ratio."
             )
-
-
-def to_blame(marks: Sequence[Mark]) -> list[Mark]:
-    """Of the processes of an attempt, those that may have died of their batch.
-
-    Those in the backward pass wait for each other. So if another one was elsewhere, it is that one that has died;
-    if that was between two passes, of something else than a batch.
-    """
-    forward = [mark for mark in marks if mark.phase == FORWARD]
-    backward = [mark for mark in marks if mark.phase == BACKWARD]
-    are_all_there = bool(backward) and len(backward) == backward[0].world_size
-    return forward or (backward if are_all_there else [])
-
-
-def _open(folder: Path, rank: int) -> mmap.mmap:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank_{rank:05d}"
-    path.write_bytes(bytes(_FORM.size))
-    with path.open("r+b") as file:
-        return mmap.mmap(file.fileno(), _FORM.size)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []

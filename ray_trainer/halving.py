@@ -1,18 +1,21 @@
 """Smaller pieces of a batch at once after memory did not suffice, the same for all ranks and on every resume."""
 
 import logging
+from collections.abc import Sequence
 
 from ray_trainer import distributed
 from ray_trainer.config import TrainingConfig
 from ray_trainer.journal import Journal
+from ray_trainer.marks import Mark, ended_for_memory
 from ray_trainer.metrics.events import read_events
+from ray_trainer.metrics.jsonl import Row
 from ray_trainer.shortage import is_shortage
 from ray_trainer.state import Progress
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-_EVENT = "out_of_memory"
+_EVENT, _DEATH = "out_of_memory", "ended_for_memory"
 
 
 class Halving:
@@ -25,6 +28,9 @@ class Halving:
 
     A single process tries the step again. Of several, the one that failed can't tell the others, which wait for
     its gradients: it fails, and when the workers start again all of them process smaller pieces.
+
+    A process that the kernel, or Ray, ends for want of memory tells nothing, and may have been in the way of another
+    one that needed it. What it was at its mark tells; the second such death at the same step counts as a shortage.
     """
 
     def __init__(self, config: TrainingConfig, progress: Progress, journal: Journal) -> None:
@@ -33,12 +39,21 @@ class Halving:
         self._progress = progress
         self._journal = journal
 
-    def recall(self, storage: Storage) -> None:
-        """Add what earlier attempts found out to the state. Collective."""
+    def recall(self, storage: Storage, left: Sequence[Mark] = ()) -> None:
+        """Add what earlier attempts found out to the state. Collective.
+
+        Args:
+            storage: of the run.
+            left: marks of the attempt before.
+        """
         if not self._is_on:
             return
+        found: list[Row] = []
         with distributed.same_error_everywhere():
-            found = read_events(storage) if distributed.rank() == 0 else []
+            if distributed.rank() == 0:
+                for mark in ended_for_memory(left, read_events(storage)):
+                    self._tell_death(mark, read_events(storage))
+                found = read_events(storage)
         told = [[event["step"], event["pieces"]] for event in found if event["event"] == _EVENT]
         known = {(step, pieces) for step, pieces in [*self._progress.pieces, *distributed.broadcast_object(told)]}
         self._progress.pieces = [list(entry) for entry in sorted(known)]
@@ -49,10 +64,23 @@ class Halving:
         if not self._is_on or not is_shortage(error) or progress.pieces_now >= self._batch_size:
             return False
         step, pieces = progress.step + 1, 2 * progress.pieces_now
-        size = -(-self._batch_size // pieces)
-        logger.warning("Out of memory in step %d: from here on %d samples are processed at once.", step, size)
-        self._journal.event_of_any_rank(
-            _EVENT, step, progress.epoch, rank=distributed.rank(), pieces=pieces, samples_at_once=size
-        )
+        self._tell(step, progress.epoch, distributed.rank(), pieces)
         progress.pieces.append([step, pieces])
         return distributed.world_size() == 1
+
+    def _tell(self, step: int, epoch: int, rank: int, pieces: int) -> None:
+        size = -(-self._batch_size // pieces)
+        logger.warning("Out of memory in step %d: from here on %d samples are processed at once.", step, size)
+        self._journal.event_of_any_rank(_EVENT, step, epoch, rank=rank, pieces=pieces, samples_at_once=size)
+
+    def _tell_death(self, mark: Mark, events: Sequence[Row]) -> None:
+        """Keep where a process died for want of memory, and that the step needs too much if it is not the first."""
+        step = mark.step + 1
+        told = [event for event in events if event["event"] == _DEATH]
+        if any(event["failed_attempt"] == mark.attempt for event in told):
+            return  # of another rank
+        pieces = max((row["pieces"] for row in events if row["event"] == _EVENT and row["step"] <= step), default=1)
+        self._journal.event(_DEATH, step, mark.epoch, rank=mark.rank, failed_attempt=mark.attempt, pieces=pieces)
+        is_second = any((event["step"], event["pieces"]) == (step, pieces) for event in told)
+        if is_second and pieces < self._batch_size:
+            self._tell(step, mark.epoch, mark.rank, 2 * pieces)

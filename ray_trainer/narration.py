@@ -43,6 +43,8 @@ def tell(event: Mapping[str, Any]) -> str | None:
             return f"step {step} was skipped: its gradient norm is {norm}"
         case {"event": "batch_quarantined", "step": step, "samples": samples}:
             return f"{len(samples)} samples are left out from step {step} on: training failed at them twice"
+        case {"event": "ended_for_memory", "step": step, "rank": rank}:
+            return f"rank {rank} was ended in step {step} because memory ran out"
         case {"event": "out_of_memory", "step": step, "rank": rank, "samples_at_once": count}:
             return f"out of memory in step {step} on rank {rank}: from there on {count} samples are processed at once"
         case {"event": "rolled_back", "step": step, "to_step": target, "reason": reason}:

@@ -48,6 +48,15 @@ def explained(
     )
 
 
+def kernel_kills() -> int:
+    """How many processes of this machine its kernel has ended for want of memory; 0 where it does not tell."""
+    try:
+        counts = Path("/proc/vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in counts if line.startswith("oom_kill "))
+    except (OSError, ValueError, StopIteration):
+        return 0
+
+
 def _sizes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[str]:
     parameters = list(model.parameters())
     yield (

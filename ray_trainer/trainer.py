@@ -27,6 +27,7 @@ from ray_trainer.initial import initialise
 from ray_trainer.journal import Journal
 from ray_trainer.loop import TrainingLoop
 from ray_trainer.losses import LossStrategy
+from ray_trainer.marks import Marks
 from ray_trainer.metrics import MetricsTracker, MetricSums, saved_checkpoints
 from ray_trainer.optim import (
     build_optimizer,
@@ -243,10 +244,14 @@ class Trainer:
         if saved is not None and saved.carried is not None:
             saver.go_on(saved.carried)
         rewind = self._build_rewind(state, saver, books.journal)
-        crashes = Crashes(self.training_config, self.progress, setup.sources.train, books.journal)
-        crashes.recall(self.runtime.storage)
-        run = self._build_run(setup, forward, recorder, books, saver, rewind, crashes)
-        with self._hooks.training(), closing(books.journal), closing(saver), closing(crashes):
+        marks = self._build_marks()
+        left = marks.left_before(books.journal.attempt)
+        crashes = Crashes(self.training_config, self.progress, setup.sources.train, books.journal, marks)
+        crashes.recall(self.runtime.storage, left)
+        halving = Halving(self.training_config, self.progress, books.journal)
+        halving.recall(self.runtime.storage, left)
+        run = self._build_run(setup, forward, recorder, books, saver, rewind, crashes, halving)
+        with self._hooks.training(), closing(books.journal), closing(saver), marks.kept(books.journal.attempt):
             if saved is not None and self._hooks.on_resume is not None:
                 self._hooks.on_resume(ResumeRecord(saved.record.uri, saved.record.step, saved.record.epoch))
             if self.runtime.survivor is not None:
@@ -307,6 +312,11 @@ class Trainer:
         manager, share = self.checkpoint_manager, self._placement.share
         return Rewind(manager, state, saver, journal, self._hooks, share, self._follow_config)
 
+    def _build_marks(self) -> Marks:
+        config = self.training_config
+        is_of_use = config.on_bad_data == "quarantine" or config.on_out_of_memory == "halve"
+        return Marks(self.runtime.storage, is_of_use and not config.fast_dev_run)
+
     def _build_run(
         self,
         setup: Setup,
@@ -316,9 +326,8 @@ class Trainer:
         saver: Saver,
         rewind: Rewind,
         crashes: Crashes,
+        halving: Halving,
     ) -> Run:
-        halving = Halving(self.training_config, self.progress, books.journal)
-        halving.recall(self.runtime.storage)
         is_elastic = self.training_config.determinism == "elastic"
         most = setup.sources.micro_batches_a_step
         loop = (partial(ElasticLoop, micro_batches_a_step=most) if is_elastic else TrainingLoop)(

@@ -16,7 +16,8 @@ _KINDS = {
     ),
     "trouble": (
         "failure", "waiting_for_room", "spare_lost", "hang", "corruption", "preempted", "controller_lost", "head_lost",
-        "checkpoint_failed", "checkpoint_rejected", "out_of_memory", "batch_failed",
+        "checkpoint_failed", "checkpoint_rejected", "out_of_memory", "ended_for_memory",
+        "batch_failed",
     ),
 }  # fmt: skip
 _KIND_OF = {event: kind for kind, events in _KINDS.items() for event in events}

@@ -2,6 +2,9 @@
 
 import math
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import torch
 from experiments import Network, assert_same, carry_out, events, prepare
 from ranks import exit_codes, on_ranks
 from torch import distributed as dist
+
+from ray_trainer.metrics import EventLog
+from ray_trainer.storage import Storage
 
 
 def train(run_dir: Path, bad: list[int], changes: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +79,72 @@ def test_ranks_that_start_again_after_a_shortage_of_memory_on_one_take_smaller_p
     assert answers[0]["step"] == 12
     (event,) = events(tmp_path / "run", "out_of_memory")
     assert (event["step"], event["rank"], event["pieces"], event["samples_at_once"]) == (step, 1, 2, 2)
+
+
+class Greedy(Network):
+    """Takes so much memory for more than two samples that its process is ended, on rank 1 in some pass.
+
+    It is by SIGKILL, as Ray does it, or by the kernel, which limits a group of processes.
+    """
+
+    third = 0  # the pass of the third step
+    group: Path | None = None
+    passes = 0
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.passes += int(self.training)
+        if self.training and len(features) > 2 and dist.get_rank() == 1 and self.passes == self.third:
+            if self.group is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            Path(self.group, "cgroup.procs").write_text(str(os.getpid()))
+            taken = [b"x" * (8 << 20) for _ in range(100)]
+            raise AssertionError(f"{len(taken)} pieces of memory were there")
+        return super().forward(features)
+
+
+@contextmanager
+def small_memory() -> Iterator[Path]:
+    """A group of processes whose memory the kernel limits, where this process may make one."""
+    group = Path(f"/sys/fs/cgroup/memory/ray-trainer-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(64 << 20))
+    except OSError as error:
+        pytest.skip(f"needs to limit memory: {error}")
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def train_greedy(run_dir: Path, third: int, group: Path | None = None) -> dict[str, Any]:
+    Greedy.third, Greedy.group = third, group
+    experiments.Network = lambda norm: Greedy()
+    changes = {"on_out_of_memory": "halve", "size": 48, "save_every_n_steps": 2}
+    prepared = prepare(run_dir, batch_size=4, gradient_accumulation_steps=1, **changes)
+    outcome = carry_out(prepared)
+    return {name: getattr(outcome, name) for name in ("weights", "optimizer", "history", "step")}
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_rank_that_is_ended_for_want_of_memory_at_the_same_step_twice_takes_smaller_pieces(tmp_path, by_kernel):
+    with small_memory() if by_kernel else nullcontext() as group:
+        for third in (3, 1):  # the second time from the checkpoint of step 2
+            codes = exit_codes(2, train_greedy, tmp_path / "run", third, group)
+            assert codes[1] == -signal.SIGKILL
+            if not by_kernel:
+                log = EventLog.of_controller(Storage.open(tmp_path / "run"))
+                log.record("failure", cause="as Ray tells of it", out_of_memory=[1])
+        answers = on_ranks(2, train_greedy, tmp_path / "run", 1, group)
+
+    died = events(tmp_path / "run", "ended_for_memory")
+    assert [(event["step"], event["rank"], event["failed_attempt"]) for event in died] == [(3, 1, 1), (3, 1, 2)]
+    (halved,) = events(tmp_path / "run", "out_of_memory")
+    assert (halved["step"], halved["rank"], halved["pieces"], halved["samples_at_once"]) == (3, 1, 2, 2)
+    EventLog(Storage.open(tmp_path / "told"), 1).record("out_of_memory", 3, 0, pieces=2)
+    expected = on_ranks(2, train_greedy, tmp_path / "told", 0)
+    for answer, other in zip(answers, expected, strict=True):
+        assert_same(answer, other)
 
 
 class Fragile(Network):

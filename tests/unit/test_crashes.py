@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from experiments import assert_same, carry_out, events, prepare
 
-from ray_trainer.crashes import BACKWARD, FORWARD, NOWHERE, Mark, to_blame
 from ray_trainer.data.crashing import CrashingSamples, without
 from ray_trainer.data.deal import Share
 from ray_trainer.errors import DataError
+from ray_trainer.marks import BACKWARD, BEREFT, FORWARD, NOWHERE, Mark, to_blame
 
 BAD = 11  # a sample
 CHANGES = {"size": 24, "on_bad_data": "quarantine", "max_bad_ratio": 0.1, "save_every_n_steps": 3, "random_seed": 3}
@@ -130,7 +130,7 @@ def test_samples_are_left_out_from_their_step_on_only():
 def test_mark_of_an_earlier_run_in_the_same_directory_says_nothing_of_a_fresh_one(tmp_path):
     mark = Mark(attempt=4, epoch=0, step_in_epoch=1, step=1, world_size=1, rank=0, micro_batch=0, phase=1)
     (tmp_path / ".steps").mkdir()
-    (tmp_path / ".steps" / "rank_00000").write_bytes(struct.pack("<8q", *mark))
+    (tmp_path / ".steps" / "4-0").write_bytes(struct.pack("<9q", *mark))
 
     carry_out(start(tmp_path, bad=-1, epochs=1), resume_from=None)
 
@@ -150,6 +150,9 @@ def marks(*phases):
         ((NOWHERE, BACKWARD), []),
         ((NOWHERE, NOWHERE), []),
         ((BACKWARD,), [0]),
+        ((BACKWARD, BEREFT), [0]),
+        ((NOWHERE, BEREFT), []),
+        ((NOWHERE, BACKWARD, BEREFT), []),
     ],
 )
 def test_rank_that_waited_for_one_that_died_elsewhere_is_not_to_blame(phases, blamed):
