@@ -96,7 +96,8 @@ class Crashes:
 
     def _mark(self, micro_batch: int, phase: int) -> None:
         self._place = (micro_batch, phase)
-        self._marks.put(self._mark_of(micro_batch, phase))
+        if self._marks.are_kept:
+            self._marks.put(self._mark_of(micro_batch, phase))
 
     def _mark_of(self, micro_batch: int, phase: int) -> Mark:
         progress, ranks = self._progress, (distributed.world_size(), distributed.rank())

@@ -275,9 +275,14 @@ class TrainingLoop:
         pulse.beat(Phase.FORWARD)
         self._statistics.remember()
         self._processed = cut(step_batch.micro_batches[0], self._pieces(step_batch))[0]
+        self._watch.enter(0)
         try:
-            self._evaluate(self._processed).loss.sum.backward()  # type: ignore[no-untyped-call]
-        except Exception as error:
+            loss = self._evaluate(self._processed).loss.sum
+            self._watch.enter_backward(0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._watch.leave()
+        except BaseException as error:
+            self._watch.failed(error)
             self._may_retry(error)  # with the next start: memory may not suffice here already
             raise
         finally:

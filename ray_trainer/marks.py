@@ -110,6 +110,11 @@ class Marks:
         with path.open("r+b") as file:
             return mmap.mmap(file.fileno(), _FORM.size)
 
+    @property
+    def are_kept(self) -> bool:
+        """Whether `put` is of any use."""
+        return self._file is not None
+
     def put(self, mark: Mark) -> None:
         """Where this process is now."""
         if self._file is not None:
@@ -155,9 +160,11 @@ def _beside(uri: str) -> Path:
 def _found(folder: Path) -> list[Mark]:
     kills = kernel_kills()
     found: list[Mark] = []
-    for path in sorted(folder.glob("*-*")):
-        data = path.read_bytes()
-        if len(data) == _FORM.size:  # else it was being made
-            mark = Mark._make(_FORM.unpack(data))
+    for path in folder.glob("*-*"):
+        try:
+            mark = Mark._make(_FORM.unpack(path.read_bytes()))
+        except (OSError, struct.error) as error:  # it was being made, or is somebody else's
+            logger.debug("A mark could not be read: %s", error)
+        else:
             found.append(mark._replace(kernel_kills=kills - mark.kernel_kills))
     return found

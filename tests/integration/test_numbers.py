@@ -15,7 +15,7 @@ from experiments import Network, assert_same, carry_out, events, prepare
 from ranks import exit_codes, on_ranks
 from torch import distributed as dist
 
-from ray_trainer.metrics import EventLog
+from ray_trainer.metrics import EventLog, read_events
 from ray_trainer.storage import Storage
 
 
@@ -150,27 +150,43 @@ def test_rank_that_is_ended_for_want_of_memory_at_the_same_step_twice_takes_smal
 class Fragile(Network):
     """Takes the whole process with it at one of the samples."""
 
+    in_backward = False
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        output = super().forward(features)
         if self.training and 11 in features[:, 0].int().tolist():
-            os._exit(9)
-        return super().forward(features)
+            if not self.in_backward:
+                os._exit(9)
+            output.register_hook(lambda gradient: os._exit(9))
+        return output
 
 
-def train_fragile(run_dir: Path) -> Any:
+def train_fragile(answers: Path, uri: str, environment: dict[str, str], in_backward: bool) -> Any:
+    os.environ.update(environment)
+    Fragile.in_backward = in_backward
     experiments.Network = lambda norm: Fragile()
     changes = {"on_bad_data": "quarantine", "max_bad_ratio": 0.1, "save_every_n_steps": 1}
-    prepared = prepare(run_dir, size=24, gradient_accumulation_steps=1, random_seed=3, **changes)
-    return carry_out(prepared).order
+    prepared = prepare(uri, size=24, gradient_accumulation_steps=1, random_seed=3, **changes)
+    prepared.trainer.train(prepared.train_set, prepared.val_set, "auto")
+    return prepared.diary.order
 
 
-def test_batch_at_which_a_process_dies_twice_is_left_out_by_all_ranks(tmp_path):
-    codes = [exit_codes(2, train_fragile, tmp_path / "run") for _ in range(2)]
+# three begin with a pass that is thrown away, of the same batch
+@pytest.mark.parametrize(("num_ranks", "in_backward", "on_s3"), [(2, True, False), (3, False, False), (2, False, True)])
+def test_batch_at_which_a_process_dies_twice_is_left_out_by_all_ranks(tmp_path, request, num_ranks, in_backward, on_s3):
+    uri, environment = str(tmp_path / "run"), {}
+    if on_s3:
+        server = request.getfixturevalue("s3_server")
+        uri, environment = f"s3://{server.new_bucket()}/run", server.environment
+    arguments = (uri, environment, in_backward)
 
-    orders = on_ranks(2, train_fragile, tmp_path / "run")
+    codes = [exit_codes(num_ranks, train_fragile, tmp_path / "run", *arguments) for _ in range(2)]
+    orders = on_ranks(num_ranks, train_fragile, tmp_path / "run", *arguments)
 
     assert all(9 in ended for ended in codes)
-    failed = events(tmp_path / "run", "batch_failed")
-    (left_out,) = events(tmp_path / "run", "batch_quarantined")
+    told = read_events(Storage.open(uri))
+    failed = [event for event in told if event["event"] == "batch_failed"]
+    (left_out,) = (event for event in told if event["event"] == "batch_quarantined")
     assert [event["error"] for event in failed] == ["the process died"] * 2
     assert failed[0]["samples"] == failed[1]["samples"]
     assert 11 in left_out["samples"]
