@@ -40,13 +40,13 @@ class Halving:
         self._journal = journal
 
     def recall(self, storage: Storage, left: Sequence[Mark] = ()) -> None:
-        """Add what earlier attempts found out to the state. Collective.
+        """Add what earlier attempts found out to the state, and tell what the one before died of. Collective.
 
         Args:
             storage: of the run.
             left: marks of the attempt before.
         """
-        if not self._is_on:
+        if not self._is_on and not left:
             return
         found: list[Row] = []
         with distributed.same_error_everywhere():
@@ -54,6 +54,8 @@ class Halving:
                 for mark in ended_for_memory(left, read_events(storage)):
                     self._tell_death(mark, read_events(storage))
                 found = read_events(storage)
+        if not self._is_on:
+            return
         told = [[event["step"], event["pieces"]] for event in found if event["event"] == _EVENT]
         known = {(step, pieces) for step, pieces in [*self._progress.pieces, *distributed.broadcast_object(told)]}
         self._progress.pieces = [list(entry) for entry in sorted(known)]
@@ -81,6 +83,11 @@ class Halving:
             return  # of another rank
         pieces = max((row["pieces"] for row in events if row["event"] == _EVENT and row["step"] <= step), default=1)
         self._journal.event(_DEATH, step, mark.epoch, rank=mark.rank, failed_attempt=mark.attempt, pieces=pieces)
+        logger.warning(
+            "Rank %d was ended in step %d because memory of its machine ran out. If that comes again, lower batch_size "
+            "(%d), which on_out_of_memory 'halve' does after the second time, or let less run on the machine.",
+            *(mark.rank, step, self._batch_size),
+        )
         is_second = any((event["step"], event["pieces"]) == (step, pieces) for event in told)
-        if is_second and pieces < self._batch_size:
+        if self._is_on and is_second and pieces < self._batch_size:
             self._tell(step, mark.epoch, mark.rank, 2 * pieces)

@@ -244,7 +244,7 @@ class Trainer:
         if saved is not None and saved.carried is not None:
             saver.go_on(saved.carried)
         rewind = self._build_rewind(state, saver, books.journal)
-        marks = self._build_marks()
+        marks = Marks(self.runtime.storage, is_on=not self.training_config.fast_dev_run)
         left = marks.left_before(books.journal.attempt)
         crashes = Crashes(self.training_config, self.progress, setup.sources.train, books.journal, marks)
         crashes.recall(self.runtime.storage, left)
@@ -311,11 +311,6 @@ class Trainer:
     def _build_rewind(self, state: TrainState, saver: Saver, journal: Journal) -> Rewind:
         manager, share = self.checkpoint_manager, self._placement.share
         return Rewind(manager, state, saver, journal, self._hooks, share, self._follow_config)
-
-    def _build_marks(self) -> Marks:
-        config = self.training_config
-        is_of_use = config.on_bad_data == "quarantine" or config.on_out_of_memory == "halve"
-        return Marks(self.runtime.storage, is_of_use and not config.fast_dev_run)
 
     def _build_run(
         self,

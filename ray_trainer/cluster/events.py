@@ -232,8 +232,8 @@ def _line(error: BaseException) -> str:
     if low := _LOW_MEMORY.search(text):
         place = f" ({low[1]}: {low[2]})" if low[1] else ""
         return (
-            f"Ray ended the worker process because its node ran out of memory{place}: lower batch_size or set "
-            "on_out_of_memory to 'halve', or let less run on the node"
+            f"Ray ended the worker process because its node ran out of memory{place}: lower batch_size, which "
+            "on_out_of_memory 'halve' does after the second time, or let less run on the node"
         )
     if "worker process has died" in text or "actor died" in text.lower():
         return f"the worker process died{_found(r'pid[:=] ?([0-9]+)', text, ' (pid {})')}{_exit_detail(text)}"

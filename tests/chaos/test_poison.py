@@ -1,5 +1,6 @@
 """Batches that raise, kill their process or give no numbers, on Ray, and a worker that dies just then."""
 
+import ctypes
 import json
 import os
 import signal
@@ -65,7 +66,7 @@ class Poisoned(nn.Module):
             if CRASHES in samples:
                 with Path(self.witness.directory, "crashed").open("a") as file:
                     file.write(f"{os.getpid()}\n")
-                os.kill(os.getpid(), signal.SIGSEGV)
+                ctypes.string_at(0)  # SIGSEGV of this thread, which goes no further
         output = self.layers(features[:, 1:])
         return output * torch.nan if self.training and NO_NUMBER in samples else output
 

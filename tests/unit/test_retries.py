@@ -139,7 +139,7 @@ def test_worker_that_ray_ends_for_want_of_memory_is_told_from_others_with_what_t
     assert cause.startswith(
         "rank 1: Ray ended the worker process because its node ran out of memory (192.0.2.2: 5.11GB used / 23.54GB "
     )
-    assert "on_out_of_memory to 'halve'" in cause
+    assert "lower batch_size" in cause
     assert "\n" not in cause
 
 
