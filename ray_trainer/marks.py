@@ -87,7 +87,7 @@ class Marks:
             return
         path = self._folder / f"{attempt}-{distributed.rank()}"
         try:
-            self._file = self._open(path)
+            self._file = self._open(path, attempt)
         except OSError as error:  # they are wanted only if something goes wrong as well
             logger.warning("At which batch a process dies will not be known: %s", error)
         try:
@@ -100,10 +100,13 @@ class Marks:
             path.unlink()
             self._folder.rmdir()  # by the last one
 
-    def _open(self, path: Path) -> mmap.mmap:
+    def _open(self, path: Path, attempt: int) -> mmap.mmap:
         self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.glob("*-*"):
-            if other.name.partition("-")[0] != path.name.partition("-")[0]:
+            number = int(other.name.partition("-")[0])
+            if (
+                number < attempt or attempt == 1 < number
+            ):  # a fresh run's; else this process may be the one that is late
                 other.unlink(missing_ok=True)
         self._kernel_kills = kernel_kills()
         path.write_bytes(bytes(_FORM.size))
