@@ -6,12 +6,16 @@ machine that trains for itself, the group of a trial that was killed would stay,
 (ray-project/ray#54305).
 """
 
+import logging
 from typing import Any
 
-from ray._raylet import PlacementGroupID
+import ray
 from ray.actor import ActorHandle
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from ray_trainer.cluster.internals import WorkerGroupCallback, missing_groups
+
+logger = logging.getLogger(__name__)
 
 RESERVED = "workers_reserved"
 
@@ -19,16 +23,26 @@ RESERVED = "workers_reserved"
 class GroupRecorder(WorkerGroupCallback):
     """Runs in Ray's controller: tells which placement group the workers are in."""
 
-    def __init__(self, link: ActorHandle | None) -> None:
+    def __init__(self, link: ActorHandle) -> None:
         self._link = link
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray at each start of workers."""
-        if self._link is not None:
-            group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-            self._link.announce.remote({"event": RESERVED, "group": group.id.hex()})
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._link.announce.remote({"event": RESERVED, "group": group.id.hex()})
+
+
+def recorders(link: ActorHandle) -> list[GroupRecorder]:
+    """What tells the link of the workers' placement group; nothing in a Ray that does not say which one it is."""
+    missing = missing_groups()
+    if missing is None:
+        return [GroupRecorder(link)]
+    logger.warning(
+        "If Ray's controller is lost its workers may keep their CPUs, because of another version of Ray: %s.", missing
+    )
+    return []
 
 
 def free_group(group: str) -> None:
     """Remove a placement group and what runs in it; one that is gone is fine."""
-    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

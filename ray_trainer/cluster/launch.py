@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray_trainer.cluster.config import ClusterConfig, useless_with
 from ray_trainer.cluster.events import FailureRecorder, record
 from ray_trainer.cluster.files import DataFiles
-from ray_trainer.cluster.groups import GroupRecorder
+from ray_trainer.cluster.groups import recorders
 from ray_trainer.cluster.link import open_link
 from ray_trainer.cluster.monitor import terms_of
 from ray_trainer.cluster.readiness import require_cluster, require_storage
@@ -35,7 +35,7 @@ from ray_trainer.cluster.session import (
 from ray_trainer.cluster.shards import index_ray_dataset
 from ray_trainer.cluster.storage import filesystem_for_ray, owned
 from ray_trainer.cluster.supervisor import run_to_end
-from ray_trainer.cluster.termination import TerminationNotice
+from ray_trainer.cluster.termination import listeners
 from ray_trainer.cluster.vault import RayVault, open_keeper
 from ray_trainer.cluster.watching import Display, NoDisplay, Watch, user
 from ray_trainer.cluster.worker import Job, train_worker, users_code
@@ -267,8 +267,8 @@ def _torch_trainer(
                     job.training.on_bad_data == "quarantine",
                     *([rejoining.ranks_of] if rejoining else []),
                 ),
-                GroupRecorder(job.link),
-                TerminationNotice(),
+                *recorders(job.link),
+                *listeners(),
                 *([ReplacementGuard(rejoining.rendezvous, partial(record, storage, job.link))] if rejoining else []),
             ],
         ),

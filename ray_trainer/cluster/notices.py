@@ -4,9 +4,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined] # Ray Serve looks for drained nodes with it too
 
 from ray_trainer.cluster.departure import Departure, Move
 from ray_trainer.errors import LeaseLostError
@@ -46,15 +46,16 @@ class Notices:
         self._storage = storage
         self._departure = departure
         self._has_room = has_room
-        self._head = GcsClient(address=ray.get_runtime_context().gcs_address)
+        self._head = _open_head()
         self._closed = threading.Event()
         self._wants_save = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ray-trainer-notices", daemon=True)
         self.stop = Stop.NONE
 
     def open(self) -> None:
-        """Begin to ask."""
-        self._thread.start()
+        """Begin to ask, if this Ray has somebody to ask."""
+        if self._head is not None:
+            self._thread.start()
 
     def close(self) -> None:
         """End; an answer that is waited for is given up."""
@@ -101,3 +102,20 @@ class Notices:
             EventLog.of_controller(self._storage(), writer="notices").record(event, reason=reason)
         except (OSError, LeaseLostError) as failure:
             logger.warning("The event %s could not be recorded: %s", event, failure)
+
+
+def _open_head() -> Any:
+    """Whom Ray Serve asks for drained nodes too, though it is not public; None where another Ray has it elsewhere."""
+    try:
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        head = GcsClient(address=ray.get_runtime_context().gcs_address)
+        head.get_draining_nodes  # noqa: B018 # looked up when it is used, elsewhere than in the class
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.warning(
+            "Nodes that are going to be taken away are left too late, and a lost head is not noticed, because of "
+            "another version of Ray: %s.",
+            error,
+        )
+        return None
+    return head

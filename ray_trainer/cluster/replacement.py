@@ -5,7 +5,6 @@ in its place, instead of starting all of them again; torchft is what it was made
 worker group of which every worker failed is started again as a whole.
 """
 
-import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -15,8 +14,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.util import placement_group_table
+
+from ray_trainer.cluster.internals import WorkerGroupCallback, mentions, missing_call, missing_groups
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class ReplacementGuard(WorkerGroupCallback):
         """Called by Ray at each start of workers."""
         self._rendezvous.is_controlled_by.remote(ray.get_runtime_context().current_actor)
         # starts a process beside each newcomer that would manage no datasets: ours do not go through Ray Train
-        callbacks = getattr(worker_group, "_execution_group_callbacks", [])
+        callbacks = worker_group._execution_group_callbacks
         callbacks[:] = [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]
         replace = worker_group.replace_replica_group
 
@@ -120,20 +120,29 @@ def missing_interface() -> str | None:
         from ray.train.v2._internal.execution.controller import TrainController
         from ray.train.v2._internal.execution.worker_group import WorkerGroup
         from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
-        from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+        from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker, Worker
     except ImportError as error:
         return str(error)
-    needed = (
-        (TrainController, "_replace_bad_workers"),
-        (WorkerGroup, "replace_replica_group"),
-        (WorkerGroup, "get_replica_groups"),
-        (ReplicaGroup, "is_active"),
-        (ReplicaGroup, "shutdown"),
-        (RayTrainWorker, "get_metadata"),
-        (RayTrainWorker, "clear_result_queue"),
-        (SynchronizationActor.__ray_metadata__.modified_class, "reset"),
+    calls = (
+        (TrainController, "_replace_bad_workers", 1),
+        (WorkerGroup, "replace_replica_group", 1),
+        (WorkerGroup, "get_replica_groups", 0),
+        (ReplicaGroup, "is_active", 0),
+        (ReplicaGroup, "get_workers", 0),
+        (ReplicaGroup, "shutdown", 0),
+        (RayTrainWorker, "get_metadata", 0),
+        (RayTrainWorker, "clear_result_queue", 0),
+        (_class_of(SynchronizationActor), "reset", 0),
     )
-    for owner, name in needed:
-        if not inspect.isfunction(getattr(owner, name, None)):
-            return f"{owner.__name__} has no {name}"
-    return None
+    missing = missing_groups() or missing_call(calls)
+    if missing is None and not mentions(TrainController._replace_bad_workers, "replace_replica_group"):
+        return "TrainController replaces workers in another way"
+    if missing is None and not mentions(WorkerGroup.__init__, "_execution_group_callbacks"):
+        return "WorkerGroup has no _execution_group_callbacks"
+    if missing is None and "actor" not in Worker.__annotations__:
+        return "Worker has no actor"
+    return missing
+
+
+def _class_of(actor: Any) -> Any:
+    return getattr(getattr(actor, "__ray_metadata__", None), "modified_class", actor)

@@ -5,11 +5,14 @@ Whoever takes a machine away says so first with that signal: Slurm, Kubernetes, 
 the others with the next step.
 """
 
+import logging
 import signal
 import threading
 from types import FrameType
 
-from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray_trainer.cluster.internals import WorkerCallback, missing_call
+
+logger = logging.getLogger(__name__)
 
 _told = threading.Event()
 
@@ -27,6 +30,15 @@ class TerminationNotice(WorkerCallback):
             _told.set()
 
         signal.signal(signal.SIGTERM, hear)
+
+
+def listeners() -> list[TerminationNotice]:
+    """What Ray has to call on each worker; nothing where another version of Ray has no such calls."""
+    missing = missing_call([(WorkerCallback, "after_init_train_context", 0)])
+    if missing is None:
+        return [TerminationNotice()]
+    logger.warning("A worker that gets SIGTERM ends unsaved, because of another version of Ray: %s.", missing)
+    return []
 
 
 def is_to_go() -> bool:

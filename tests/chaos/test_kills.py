@@ -19,6 +19,13 @@ from cluster_runs import (
 from digits_run import EPOCHS, KILL_AT_STEP, STEPS_AN_EPOCH, digits
 from experiments import events
 
+ANOTHER_RAY = Path(__file__).parents[1] / "another_ray"  # see there
+LEFT_OUT = [
+    "Workers that die are not replaced one by one, because of another version of Ray",
+    "its workers may keep their CPUs, because of another version of Ray",
+    "Nodes that are going to be taken away are left too late",
+]
+
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
@@ -49,9 +56,13 @@ def assert_resumed_within_an_epoch(run_dir: Path, times: int) -> None:
     assert all(event["step"] % STEPS_AN_EPOCH for event in resumed)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(tmp_path, undisturbed, rank):
-    with training(digits(tmp_path, in_job_recovery=False)) as command:
+@pytest.mark.parametrize(
+    ("rank", "settings", "variables"),
+    [(0, {"in_job_recovery": False}, {}), (1, {}, {"PYTHONPATH": str(ANOTHER_RAY)})],
+    ids=["as configured", "another Ray"],
+)
+def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(tmp_path, undisturbed, rank, settings, variables):
+    with training(digits(tmp_path, **settings), variables=variables) as command:
         with command.held_at(KILL_AT_STEP):
             kill(command.worker_pid(rank))
         assert command.wait() == 0, command.output
@@ -63,6 +74,7 @@ def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(tmp_path, undistur
     assert_same_run(undisturbed, command.run_dir)
     assert "worker process died" in output
     assert "Traceback" not in output
+    assert [line in output for line in LEFT_OUT] == [bool(variables)] * len(LEFT_OUT)
 
 
 def test_second_driver_is_refused_and_the_same_command_right_after_a_kill_ends_as_the_undisturbed_one(

@@ -1,0 +1,52 @@
+"""What this package uses of Ray Train though Ray keeps it for itself: looked for before it is used.
+
+Another version of Ray may have it elsewhere. What rests on it is then left out, and the rest works.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+try:
+    from ray.train.v2._internal.execution.callback import WorkerCallback as WorkerCallback
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback as WorkerGroupCallback
+except ImportError:  # nothing that derives from them is made then
+    WorkerCallback = WorkerGroupCallback = object
+
+#: An owner, the name of its function, and how many arguments it is called with.
+Call = tuple[Any, str, int]
+
+
+def missing_groups() -> str | None:
+    """What this Ray lacks of what tells in which placement group the workers are; None if nothing."""
+    try:
+        from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+        from ray.train.v2._internal.execution.worker_group import WorkerGroup
+        from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
+        from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
+    except ImportError as error:
+        return str(error)
+    for owner, name in ((WorkerGroupState, "placement_group_handle"), (PlacementGroupHandle, "placement_group")):
+        if name not in owner.__annotations__ and not hasattr(owner, name):
+            return f"{owner.__name__} has no {name}"
+    calls = ((WorkerGroupCallback, "after_worker_group_start", 1), (WorkerGroup, "get_worker_group_state", 0))
+    return missing_call(calls)
+
+
+def missing_call(calls: Iterable[Call]) -> str | None:
+    """The first method that is not there, or is called otherwise; None if all are as expected."""
+    for owner, name, count in calls:
+        method = getattr(owner, name, None)
+        if not inspect.isfunction(method):
+            return f"{owner.__name__} has no {name}"
+        try:
+            inspect.signature(method).bind(*range(1 + count))
+        except TypeError:
+            return f"{owner.__name__}.{name} can't be called with {count} arguments"
+    return None
+
+
+def mentions(function: Any, name: str) -> bool:
+    """Whether a function written in Python gets, sets or calls an attribute of this name."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and name in code.co_names
