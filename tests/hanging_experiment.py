@@ -14,9 +14,14 @@ from torch.utils.data import Dataset
 
 from ray_trainer import Experiment, TaskSpec, TrainingConfig, distributed
 
-REGEX, STOP, SKIP = "regex", "stop", "skip"
-RANKS = {REGEX: 1, STOP: 0, SKIP: 1}
-STEPS = {REGEX: 50, STOP: 85, SKIP: 130}  # in the middle of epochs, and with nothing to be saved: no exchange follows
+SLEEP, REGEX, STOP, SKIP = "sleep", "regex", "stop", "skip"
+RANKS = {SLEEP: 0, REGEX: 1, STOP: 0, SKIP: 1}
+STEPS = {
+    SLEEP: 25,
+    REGEX: 50,
+    STOP: 85,
+    SKIP: 130,
+}  # in the middle of epochs, and with nothing to be saved: no exchange follows
 CLASSES = 3
 
 
@@ -73,6 +78,8 @@ class Network(nn.Module):
         self.hangs = hangs
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and self.hangs.must(SLEEP):
+            time.sleep(1000)
         if self.training and self.hangs.must(REGEX):
             re.match(r"(a?){40}a{40}", "a" * 40)
         return self.layers(features)

@@ -13,11 +13,11 @@ from ray_trainer.pulse.phases import PATIENT, Phase
 from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, frames_of
 from ray_trainer.pulse.verdict import Place
 
-#: Once a deadline has passed, a stack that stays the same for so long, or the floor, is that of a hang.
-SAME_FOR_S = 3.0
+#: A stack that has stayed the same for so long when a deadline passes, or for half of the floor, is that of a hang.
+SAME_FOR_S = 5.0
 #: The same where the stack says that it waits for storage, a network or another process, which may come back.
 OUTSIDE_FOR_S = 90.0
-_EXAMINATIONS = 3
+_EXAMINATIONS = 10
 #: Not before so many seconds, a multiple of the time between two turns, is the interpreter held for good.
 _LOCKED_FOR_S = 3.0
 
@@ -57,7 +57,7 @@ class _Stillness:
     turns: int = -1
     locked_s: float = 0.0
     stopped_s: float = 0.0
-    unexamined_s: float = SAME_FOR_S
+    unexamined_s: float = SAME_FOR_S  # long enough for the first time
     frames: tuple[Frame, ...] | None = None
     same_s: float = 0.0
     was_at_work: bool = False
@@ -70,7 +70,8 @@ class Watch:
         self._pid = assignment.pid
         self._orders = assignment.orders
         self._terms = Terms(assignment.orders.floor_s, assignment.orders.patience_s)
-        self._same_for_s = min(SAME_FOR_S, self._terms.floor_s)
+        self._same_for_s = min(SAME_FOR_S, self._terms.floor_s / 2)
+        self._examined_every_s = self._same_for_s / _EXAMINATIONS
         self._past = Counter((phase, step) for phase, step in assignment.orders.past)
         self._board = Board(assignment.board)
         self._stacks = StackFile(assignment.pid, assignment.stacks, assignment.signal)
@@ -96,10 +97,13 @@ class Watch:
         if state in ("T", "t"):  # by a signal, or by a debugger
             return self._found("it was stopped by a signal") if now.stopped_s >= self._terms.floor_s else None
         now.unexamined_s += passed_s
-        if now.still_s < self._deadline_s() or now.unexamined_s < self._same_for_s / _EXAMINATIONS:
+        deadline_s = self._deadline_s()
+        begins_s = deadline_s - self._same_for_s - 2 * self._examined_every_s  # so that all is known at the deadline
+        if now.still_s < begins_s or now.unexamined_s < self._examined_every_s:
             return None
         elapsed_s, now.unexamined_s = now.unexamined_s, 0.0
-        return self._examine(elapsed_s)
+        found = self._examine(elapsed_s)
+        return found if now.still_s >= deadline_s else None
 
     def stacks(self) -> str | None:
         """The worker's stacks now; None if it gave a sign of life meanwhile, without having been stopped."""
@@ -129,7 +133,7 @@ class Watch:
         return longest_wait_s(self._board.durations(phase), self._terms) * 2.0 ** self._past[phase, step]
 
     def _examine(self, elapsed_s: float) -> Hang | None:
-        """A deadline has passed. Work changes the stack, a hang does not."""
+        """A deadline passes soon. Work changes the stack, a hang does not."""
         now = self._now
         if now.reading.phase is Phase.EXCHANGE:
             return self._ask()
