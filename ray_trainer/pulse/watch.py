@@ -90,8 +90,6 @@ class Watch:
         now.still_s += passed_s
         now.locked_s = now.locked_s + passed_s if reading.turns == now.turns else 0.0
         now.turns = reading.turns
-        if now.still_s < min(1.0, self._terms.floor_s):
-            return None
         state = state_of(self._pid)
         now.stopped_s = now.stopped_s + passed_s if state == "T" else 0.0
         if state in ("T", "t"):  # by a signal, or by a debugger
