@@ -4,6 +4,7 @@ Everything goes through the default process group of ``torch.distributed``, whic
 CPU tensors (``gloo``, or ``cpu:gloo,cuda:nccl`` on GPUs).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -91,6 +92,14 @@ def _has_group() -> bool:
 def set_patience(seconds: float) -> None:
     """How long a collective waits for the other ranks from now on."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def patience_s() -> float:
+    """How long a collective waits for the other ranks; for ever where there is no process group."""
+    if not _has_group():
+        return math.inf
+    group = dist.distributed_c10d._get_default_group()
+    return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 
 
 def barrier() -> None:

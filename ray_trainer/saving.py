@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ray_trainer import distributed, pulse
@@ -182,8 +183,8 @@ class Saver:
             return
         self._attempt(self._finish)
         if self._saved != self._mark():
-            self._begin(metrics)
-            self._finish()
+            self._attempt(partial(self._begin, metrics), is_last=True)
+            self._attempt(self._finish, is_last=True)
 
     def save_after_error(self, metrics: Mapping[str, float]) -> None:
         """As `save_last`, while an error is on its way that matters more than one of saving."""
@@ -245,8 +246,8 @@ class Saver:
             self._backoff.succeed()
             self._tell(record, pending)
 
-    def _attempt(self, action: Callable[[], None]) -> bool:
-        """Do something that may fail for a while without ending the run; whether it did not."""
+    def _attempt(self, action: Callable[[], None], is_last: bool = False) -> bool:
+        """Do something that may fail for a while, unless it is the last, without ending the run; whether it did not."""
         try:
             action()
         except LeaseLostError:  # nothing will ever be saved again
@@ -258,7 +259,7 @@ class Saver:
             self._backoff.fail(self._progress.elapsed_s)
             self._audience.failed(self._progress.step, self._progress.last_epoch, str(error))
             logger.error("No checkpoint up to step %d: %s", self._progress.step, error)
-            if self._backoff.failures >= self._max_failures:
+            if is_last or self._backoff.failures >= self._max_failures:
                 raise
             return False
         return True

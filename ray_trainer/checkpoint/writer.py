@@ -6,14 +6,17 @@ from typing import Any, Protocol
 
 import torch
 
+from ray_trainer import distributed
 from ray_trainer.checkpoint.arena import Arena
 from ray_trainer.checkpoint.images import FileImage, copy_in, lay_out
 from ray_trainer.storage import Storage
-from ray_trainer.storage.beside import ProcessBeside
+from ray_trainer.storage.beside import Job, ProcessBeside
 from ray_trainer.storage.sealing import Seal, WriteFiles, write_hashed
 
 #: Less than this is on a local disk sooner than it is handed over.
 SMALL_BYTES = 4 << 20
+#: Storage that takes nothing for so long is lost: what fails is given up after a minute (see `storage.patience`).
+STALLS_AFTER_S = 300.0
 
 
 class Writer(Protocol):
@@ -83,7 +86,7 @@ class BackgroundWriter:
     def seal(self, seal: Seal) -> None:
         """See `Writer`."""
         try:
-            self._started().submit(seal)
+            self._submit(seal)
         except Exception as error:  # as above
             self._error = error
 
@@ -112,7 +115,11 @@ class BackgroundWriter:
         self._join()
         places, size_bytes = lay_out(images)
         copy_in(images, places, self._room_for(size_bytes))
-        self._started().submit(WriteFiles(directory, tuple(places)))
+        self._submit(WriteFiles(directory, tuple(places)))
+
+    def _submit(self, job: Job) -> None:
+        """Other ranks wait for this one: it gives up before they do."""
+        self._started().submit(job, min(STALLS_AFTER_S, distributed.patience_s() / 2))
 
     def _room_for(self, size_bytes: int) -> torch.Tensor:
         if self._arena is None or self._arena.size_bytes < size_bytes:

@@ -50,16 +50,21 @@ class WriteFiles:
     directory: Storage
     files: tuple[FileInMemory, ...]
 
-    def __call__(self, memory: memoryview) -> dict[str, WrittenFile]:
+    def __call__(self, memory: memoryview, goes_on: Callable[[], None]) -> dict[str, WrittenFile]:
         """Write them, each whole or not at all; those already written stay where one fails."""
-        return {file.name: self._write(file, memory) for file in self.files}
+        return {file.name: self._write(file, memory, goes_on) for file in self.files}
 
-    def _write(self, file: FileInMemory, memory: memoryview) -> WrittenFile:
+    def _write(self, file: FileInMemory, memory: memoryview, goes_on: Callable[[], None]) -> WrittenFile:
         content = memory[file.offset : file.offset + file.size_bytes]
-        starts = range(0, len(content), _CHUNK_BYTES)
-        return write_hashed(
-            self.directory, file.name, lambda: (content[start : start + _CHUNK_BYTES] for start in starts)
-        )
+
+        def chunks() -> Iterator[memoryview]:
+            for start in range(0, len(content), _CHUNK_BYTES):
+                yield content[start : start + _CHUNK_BYTES]
+                goes_on()  # the one before is taken when the next one is asked for
+
+        written = write_hashed(self.directory, file.name, chunks)
+        goes_on()
+        return written
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Seal:
     manifest: tuple[str, bytes]
     obsolete: tuple[str, ...] = ()
 
-    def __call__(self, memory: memoryview | None = None) -> "Sealed":
+    def __call__(self, memory: memoryview | None = None, goes_on: Callable[[], None] = lambda: None) -> "Sealed":
         """Write the manifest.
 
         Raises:
@@ -96,9 +101,10 @@ class Seal:
         name, content = self.manifest
         directory.write(name, content)
         at_s = time.time()
-        return Sealed(at_s, tuple(each for each in self.obsolete if self._discard(each)))
+        return Sealed(at_s, tuple(each for each in self.obsolete if self._discard(each, goes_on)))
 
-    def _discard(self, name: str) -> bool:
+    def _discard(self, name: str, goes_on: Callable[[], None]) -> bool:
+        goes_on()
         try:
             discard(self.run, name, self.manifest[0])
         except OSError as error:

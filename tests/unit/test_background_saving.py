@@ -13,8 +13,9 @@ import pytest
 import torch
 from experiments import assert_same, carry_out, checkpoints, events, prepare, run
 from safetensors.torch import load_file
+from stalling import InSteps, StallingStorage, stop_for_good
 
-from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, manager, verify
+from ray_trainer.checkpoint import CheckpointManager, CheckpointMeta, manager, verify, writer
 from ray_trainer.checkpoint.arena import Arena
 from ray_trainer.errors import CheckpointError
 from ray_trainer.storage import Storage
@@ -44,6 +45,13 @@ def process():
 
 def big_state(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"w": torch.full((2_000_000,), value)}}
+
+
+def until_there(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def is_running(pid: int) -> bool:
@@ -97,6 +105,29 @@ def test_process_that_was_killed_is_an_error_of_the_job(tmp_path, process):
 
     with pytest.raises(ChildProcessError, match="exit code -9"):
         process.result()
+
+
+def test_job_that_does_not_get_on_any_more_is_given_up_with_its_process(tmp_path):
+    now_s = [100.0]
+    arena = Arena(1)
+    process = ProcessBeside(arena.descriptor, clock=lambda: now_s[0])
+    process.submit(InSteps(tmp_path, steps=2), stalls_after_s=300.0)
+    for step in range(2):
+        assert not process.is_done()
+        (tmp_path / f"go{step}").touch()
+        until_there(tmp_path / f"gone{step}")
+        now_s[0] += 299.0  # longer than the limit in the end, but it gets on
+
+    assert not process.is_done()
+    now_s[0] += 301.0
+    assert process.is_done()
+    with pytest.raises(TimeoutError, match=r"taken nothing of a checkpoint for 300 s.*can be written to"):
+        process.result()
+
+    assert process.has_ended()
+    assert not is_running(process.pid)
+    process.close()
+    arena.close()
 
 
 def test_process_leaves_signals_to_the_training_and_ends_when_it_is_closed(tmp_path, process):
@@ -271,6 +302,45 @@ def test_save_that_comes_too_early_is_skipped_and_told_and_the_last_one_is_never
     assert saved[-1] == prepared.trainer.progress.step
 
 
+def test_writer_that_is_stopped_for_good_is_replaced_and_the_run_ends_as_if_it_had_not(
+    tmp_path, everything_beside, monkeypatch
+):
+    monkeypatch.setattr(Backoff, "FIRST_S", 0.0)
+    whole = run(tmp_path / "whole", overlapping_saves="wait", **STEPS)
+    prepared = prepare(tmp_path / "stalled", overlapping_saves="wait", **STEPS)
+    stopped: list[int] = []
+
+    def on_call(name: str, count: int) -> None:
+        if name == "on_step_end" and count in (4, 10):
+            stopped.append(stop_for_good(prepared.trainer.checkpoint_manager._background._process))
+
+    prepared.diary.on_call = on_call
+    stalled = carry_out(prepared)
+
+    failed = events(tmp_path / "stalled", "checkpoint_failed")
+    assert len(failed) >= len(set(stopped)) == 2
+    assert all("taken nothing of a checkpoint for 300 s" in row["reason"] for row in failed)
+    assert not any(is_running(pid) for pid in stopped)
+    assert events(tmp_path / "stalled", "checkpoint_saved")[-1]["step"] == stalled.step
+    assert_same(stalled, whole)
+
+
+def test_run_whose_storage_stalls_trains_on_and_tells_at_its_end_that_nothing_was_saved(
+    tmp_path, everything_beside, monkeypatch
+):
+    monkeypatch.setattr(writer, "STALLS_AFTER_S", 2.0)
+    prepared = prepare(tmp_path, **STEPS | {"save_every_n_steps": 4})
+    prepared.trainer.checkpoint_manager.storage.__class__ = StallingStorage
+
+    with pytest.raises(CheckpointError, match="can be written to"):
+        carry_out(prepared)
+
+    assert prepared.trainer.progress.step == 10
+    failed = events(tmp_path, "checkpoint_failed")
+    assert [row["step"] for row in failed][-2:] == [10, 10]  # the last one, which is tried once more at the end
+    assert events(tmp_path, "checkpoint_saved") == []
+
+
 def test_save_that_fails_again_and_again_ends_the_run_only_after_the_configured_number(tmp_path, monkeypatch):
     monkeypatch.setattr(Backoff, "FIRST_S", 0.0)
     prepared = prepare(tmp_path, max_failed_saves=3, **STEPS)
@@ -285,6 +355,6 @@ def test_save_that_fails_again_and_again_ends_the_run_only_after_the_configured_
     with pytest.raises(CheckpointError, match="Input/output error"):
         carry_out(prepared)
 
-    assert [row["step"] for row in events(tmp_path, "checkpoint_failed")] == [3, 4, 5]
+    assert [row["step"] for row in events(tmp_path, "checkpoint_failed")] == [3, 4, 5, 5]  # and after the error
     monkeypatch.undo()
     assert_same(run(tmp_path, **STEPS), run(tmp_path.with_name("whole"), **STEPS))
