@@ -92,7 +92,11 @@ class Seal:
             CheckpointError: a file is missing or has another size.
         """
         directory = self.run.child(self.name)
-        if problems := [text for name, size in self.sizes.items() if (text := _problem(directory, name, size))]:
+        problems = []
+        for name, size in self.sizes.items():
+            problems += _problems(directory, name, size)
+            goes_on()
+        if problems:
             raise CheckpointError(
                 f"Files that were written are not there: {'; '.join(problems)}. "
                 f"Is {self.run.uri} the same storage on every node?"
@@ -165,9 +169,9 @@ class _Hashed:
             yield chunk
 
 
-def _problem(directory: Storage, name: str, expected: int) -> str | None:
+def _problems(directory: Storage, name: str, expected: int) -> list[str]:
     try:
         size = directory.size(name)
     except FileNotFoundError:
-        return f"{name} is missing"
-    return None if size == expected else f"{name} has {size} bytes instead of {expected}"
+        return [f"{name} is missing"]
+    return [] if size == expected else [f"{name} has {size} bytes instead of {expected}"]
