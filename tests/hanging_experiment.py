@@ -14,15 +14,23 @@ from torch.utils.data import Dataset
 
 from ray_trainer import Experiment, TaskSpec, TrainingConfig, distributed
 
-SLEEP, REGEX, STOP, SKIP = "sleep", "regex", "stop", "skip"
-RANKS = {SLEEP: 0, REGEX: 1, STOP: 0, SKIP: 1}
-STEPS = {
-    SLEEP: 25,
-    REGEX: 50,
-    STOP: 85,
-    SKIP: 130,
-}  # in the middle of epochs, and with nothing to be saved: no exchange follows
+SLEEP, REGEX, STOP, SKIP, BOTH = "sleep", "regex", "stop", "skip", "both"
+RANKS = {SLEEP: (0,), REGEX: (1,), STOP: (0,), SKIP: (1,), BOTH: (0, 1)}
+#: In the middle of epochs, and with nothing to be saved: no exchange follows.
+STEPS = {SLEEP: 25, REGEX: 50, STOP: 85, SKIP: 130, BOTH: 147}
 CLASSES = 3
+
+
+def mark_of(marks: Path, kind: str, rank: int) -> Path:
+    """The file that tells that a rank has hung."""
+    return marks / f"{kind}-{rank}"
+
+
+def mark_all(marks: Path) -> None:
+    """As if everything had happened already."""
+    for kind, ranks in RANKS.items():
+        for rank in ranks:
+            mark_of(marks, kind, rank).touch()
 
 
 class Points(Dataset):
@@ -55,9 +63,10 @@ class Hangs:
 
     def must(self, kind: str) -> bool:
         """Whether this rank is to hang now; it won't a second time."""
-        if self.step < STEPS[kind] or distributed.rank() != RANKS[kind] or (self.marks / kind).exists():
+        mark = mark_of(self.marks, kind, distributed.rank())
+        if self.step < STEPS[kind] or distributed.rank() not in RANKS[kind] or mark.exists():
             return False
-        (self.marks / kind).touch()
+        mark.touch()
         return True
 
 
@@ -80,7 +89,7 @@ class Network(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if self.training and self.hangs.must(SLEEP):
             time.sleep(1000)
-        if self.training and self.hangs.must(REGEX):
+        if self.training and (self.hangs.must(REGEX) or self.hangs.must(BOTH)):
             re.match(r"(a?){40}a{40}", "a" * 40)
         return self.layers(features)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(TESTS))
 
 from cluster_runs import newest_checkpoint, tensors, training, whole_lines, write_run_file  # noqa: E402
 from experiments import assert_same  # noqa: E402
-from hanging_experiment import STEPS  # noqa: E402
+from hanging_experiment import BOTH, RANKS, mark_all, mark_of  # noqa: E402
 
 
 def run(directory: Path, marks: Path, cluster: dict[str, Any]) -> Path:
@@ -51,8 +51,10 @@ def seconds_of(run_dir: Path, marks: Path) -> dict[str, dict[str, float]]:
     events = whole_lines(run_dir / "events.jsonl")
     rows = {row["step"]: row["time"] for row in whole_lines(run_dir / "metrics.jsonl")}
     found = {}
-    for kind in STEPS:
-        hung_at = (marks / kind).stat().st_mtime
+    for kind, ranks in RANKS.items():
+        if kind == BOTH:
+            continue  # nobody is left, and all start again
+        hung_at = mark_of(marks, kind, ranks[0]).stat().st_mtime
         hang, rejoined = (
             min((each for each in events if each["event"] == name and each["time"] > hung_at), key=lambda e: e["time"])
             for name in ("hang", "rejoined")
@@ -75,8 +77,7 @@ def main() -> None:
     if arguments.floor is not None:
         cluster["hang_floor_s"] = arguments.floor
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as hanging:
-        for kind in STEPS:
-            Path(whole, kind).touch()
+        mark_all(Path(whole))
         undisturbed = run(Path(whole), Path(whole), cluster)
         run_dir = run(Path(hanging), Path(hanging), cluster)
         found = seconds_of(run_dir, Path(hanging))
