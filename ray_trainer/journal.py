@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray_trainer.checkpoint import LoadedCheckpoint
 from ray_trainer.config import TrainingConfig
 from ray_trainer.config.documents import dump_yaml
 from ray_trainer.metrics.events import EventLog, next_attempt, read_events
-from ray_trainer.metrics.jsonl import encode_row
+from ray_trainer.metrics.jsonl import Row, encode_row
 from ray_trainer.metrics.tensorboard import TensorBoardWriter
 from ray_trainer.metrics.writers import JsonlWriter, MetricsWriter, Writers
 from ray_trainer.runtime import Runtime, Stop
@@ -27,6 +27,7 @@ from ray_trainer.storage import Storage
 
 #: What belongs to a run in its directory, beside its checkpoints.
 RUN_FILES = ("run.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "tensorboard", "stacks", "report.html")
+_STARTED = "workers_started"
 _PACKAGES = ("ray-trainer", "torch", "ray", "numpy", "pyarrow", "safetensors", "tensorboardX")
 
 
@@ -54,8 +55,9 @@ class Journal:
         carried = saved.carried if saved else None
         pids = distributed.gather_objects(os.getpid())
         if distributed.rank() == 0 and not self._config.fast_dev_run:
+            earlier = read_events(self._runtime.storage)
             self._begin_files(saved, rewind_to=_last_step_before(saved))
-            self._tell_beginning(saved, pids)
+            self._tell_beginning(saved, pids, earlier)
         self.attempt = distributed.broadcast_object(self.attempt)
         for row in carried.rows if carried else ():
             self._add(row)
@@ -73,20 +75,24 @@ class Journal:
         storage.write("run.yaml", dump_yaml(described).encode())
         storage.write("environment.json", json.dumps(environment(), indent=2).encode())
 
-    def _tell_beginning(self, saved: LoadedCheckpoint | None, pids: list[int]) -> None:
+    def _tell_beginning(self, saved: LoadedCheckpoint | None, pids: list[int], earlier: Sequence[Row]) -> None:
         if self.attempt == 1:
             self.event("run_started", step=0, epoch=0)
         step, epoch = (saved.record.step, saved.record.epoch) if saved else (0, 0)
-        self.event("workers_started", step, epoch, num_workers=len(pids), pids=pids)
-        if saved is None:
-            return
+        self.event(_STARTED, step, epoch, num_workers=len(pids), pids=pids)
+        if saved is not None:
+            self._tell_origin(saved, earlier)
+        before = _num_workers_before(saved, earlier)
+        if before not in (None, len(pids)):
+            self.event("resized", step, epoch, **{"from": before, "to": len(pids)})
+
+    def _tell_origin(self, saved: LoadedCheckpoint, earlier: Sequence[Row]) -> None:
+        step, epoch = saved.record.step, saved.record.epoch
         for name, reason in saved.rejected:
             self.event("checkpoint_rejected", step, epoch, checkpoint=name, reason=reason)
         self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": str(saved.tier.name).lower()})
         if saved.carried is not None:
             self.event("rejoined", step, epoch, **saved.carried.story)
-        if saved.manifest.world_size != len(pids):
-            self.event("resized", step, epoch, **{"from": saved.manifest.world_size, "to": len(pids)})
 
     def conclude(self, progress: Progress, interruption: Stop) -> None:
         """Tell how the run, or this attempt, ended."""
@@ -185,6 +191,14 @@ class RecentRows:
     def _forget_steps_before(self, step: int) -> None:
         while self._rows and self._rows[0]["step"] < step:
             self._rows.popleft()
+
+
+def _num_workers_before(saved: LoadedCheckpoint | None, earlier: Sequence[Row]) -> int | None:
+    """Of the attempt before this one, or else of what this one goes on from; None if this is the beginning."""
+    started = [int(row["num_workers"]) for row in earlier if row["event"] == _STARTED and "num_workers" in row]
+    if started:
+        return started[-1]
+    return None if saved is None else saved.manifest.world_size
 
 
 def _last_step_before(saved: LoadedCheckpoint | None) -> int:

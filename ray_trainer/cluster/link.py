@@ -33,12 +33,18 @@ def open_link() -> ActorHandle:
             self._progress: dict[str, Any] = {}
             self._events: list[dict[str, Any]] = []
             self._stop = 0
+            self._wants_save = False
 
-        def exchange(self, progress: dict[str, Any], events: list[dict[str, Any]]) -> int:
-            """Rank 0 tells what is new, and learns of a wish to stop."""
+        def exchange(self, progress: dict[str, Any], events: list[dict[str, Any]]) -> tuple[int, bool]:
+            """Rank 0 tells what is new, and learns of a wish to stop, and of one to save."""
             self._progress = progress
             self._events += events
-            return self._stop
+            wants_save, self._wants_save = self._wants_save, False
+            return self._stop, wants_save
+
+        def want_save(self) -> None:
+            """Ray's controller is going to end the workers."""
+            self._wants_save = True
 
         def announce(self, event: dict[str, Any]) -> None:
             """Ray's controller tells what it saw."""
@@ -67,6 +73,7 @@ class WorkerLink:
         self._progress: Mapping[str, Any] = {}
         self._events: list[dict[str, Any]] = []
         self._closed = threading.Event()
+        self._wants_save = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ray-trainer-link", daemon=True)
         self.stop = Stop.NONE
 
@@ -80,6 +87,13 @@ class WorkerLink:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+    def take_wish_to_save(self) -> bool:
+        """Whether a checkpoint is wanted at once; true once for each wish."""
+        is_wanted = self._wants_save.is_set()
+        if is_wanted:
+            self._wants_save.clear()
+        return is_wanted
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """Replace the progress that goes out next."""
@@ -97,9 +111,11 @@ class WorkerLink:
                 events, self._events = self._events, []
             try:
                 assert self._link is not None
-                wish = ray.get(self._link.exchange.remote(dict(self._progress), events), timeout=30)
+                wish, wants_save = ray.get(self._link.exchange.remote(dict(self._progress), events), timeout=30)
             except ray.exceptions.RayError:
-                wish = int(Stop.NONE)  # nobody is watching at the moment, or ever again
+                wish, wants_save = int(Stop.NONE), False  # nobody is watching at the moment, or ever again
             self.stop = max(self.stop, Stop(wish))
+            if wants_save:
+                self._wants_save.set()
             if is_last:
                 return

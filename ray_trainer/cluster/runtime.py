@@ -129,8 +129,9 @@ class RayRuntime:
         return max(self._link.stop, noticed, Stop.PREEMPTION if is_to_go() else Stop.NONE)
 
     def requested_save(self) -> bool:
-        """See `Runtime`; the head is lost, or a node is going to be."""
-        return self._notices is not None and self._notices.take_wish_to_save()
+        """See `Runtime`; the head is lost, a node is going to be, or Ray is going to end the workers for others."""
+        of_notices = self._notices is not None and self._notices.take_wish_to_save()
+        return self._link.take_wish_to_save() or of_notices
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """See `Runtime`."""

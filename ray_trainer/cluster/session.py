@@ -22,6 +22,9 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows each line that a worker prints twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the directory that relative paths of the user mean
 }
+#: Where the number of workers follows the cluster, Ray decides for as many as it sees room for, so that they start at
+#: once. If they do not, it goes by what was there a while ago (60 s by itself).
+RANGE_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody gives this machine notice
     # a cleaner of Ray Train's asks a dashboard each second; without one it complains, or asks that of another Ray
@@ -43,6 +46,7 @@ def ray_session(cluster: ClusterConfig, shows_output: bool = True) -> Iterator[N
         ConfigError: there is no cluster at the address, or it does not let this process in.
     """
     settings = TRAIN_SETTINGS | (LOCAL_SETTINGS if cluster.address is None else {})
+    settings |= RANGE_SETTINGS if isinstance(cluster.num_workers, tuple) else {}
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     started = not ray.is_initialized()

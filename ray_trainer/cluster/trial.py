@@ -279,6 +279,6 @@ class _TrialWatch:
         if progress:
             events.append({"event": "trial_progress", "trial": self._name, "progress": progress})
         try:
-            return bool(ray.get(self._link.exchange.remote({}, events), timeout=30))
+            return bool(ray.get(self._link.exchange.remote({}, events), timeout=30)[0])
         except ray.exceptions.RayError:
             return False  # it starts anew; a trial does not need it

@@ -10,6 +10,8 @@ from experiments import assert_same, carry_out, checkpoints, events, everything_
 
 from ray_trainer import load_weights
 from ray_trainer.checkpoint.manifest import Manifest, library_versions
+from ray_trainer.metrics import EventLog
+from ray_trainer.storage import Storage
 
 
 class Counting:
@@ -234,3 +236,12 @@ def test_other_versions_and_threads_than_those_of_the_checkpoint_are_told_once_a
     assert "of_a_later_version" not in told
     assert warnings_of(caplog, tmp_path / "other") == []  # what is saved since then is of these versions
     assert warnings_of(caplog, tmp_path) == []
+
+
+def test_other_number_of_workers_is_told_where_there_was_no_checkpoint_yet(tmp_path):
+    EventLog(Storage.open(tmp_path), 1).record("workers_started", num_workers=2)
+
+    run(tmp_path, epochs=1)
+
+    (resized,) = events(tmp_path, "resized")
+    assert (resized["step"], resized["from"], resized["to"]) == (0, 2, 1)
