@@ -28,6 +28,7 @@ from ray_trainer.storage import Storage
 #: What belongs to a run in its directory, beside its checkpoints.
 RUN_FILES = ("run.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "tensorboard", "stacks", "report.html")
 _STARTED = "workers_started"
+_ENDINGS = ("hang", "failure", "controller_lost", "preemption")  # of an attempt, seen from outside of it
 _PACKAGES = ("ray-trainer", "torch", "ray", "numpy", "pyarrow", "safetensors", "tensorboardX")
 
 
@@ -90,9 +91,12 @@ class Journal:
         step, epoch = saved.record.step, saved.record.epoch
         for name, reason in saved.rejected:
             self.event("checkpoint_rejected", step, epoch, checkpoint=name, reason=reason)
-        self.event("resumed", step, epoch, **{"from": saved.record.name, "tier": str(saved.tier.name).lower()})
+        origin = {"from": saved.record.name, "tier": str(saved.tier.name).lower()}
         if saved.carried is not None:
+            self.event("resumed", step, epoch, **origin)
             self.event("rejoined", step, epoch, **saved.carried.story)
+        else:
+            self.event("resumed", step, epoch, **origin, **_phases(saved, earlier))
 
     def conclude(self, progress: Progress, interruption: Stop) -> None:
         """Tell how the run, or this attempt, ended."""
@@ -199,6 +203,19 @@ def _num_workers_before(saved: LoadedCheckpoint | None, earlier: Sequence[Row]) 
     if started:
         return started[-1]
     return None if saved is None else saved.manifest.world_size
+
+
+def _phases(saved: LoadedCheckpoint, earlier: Sequence[Row]) -> dict[str, float]:
+    """When the end of the last attempt was noticed, how long it took until workers were there, and to read the state.
+
+    Only the last where nobody noticed, as when the driver was killed or somebody had the run stopped.
+    """
+    started = max((place for place, row in enumerate(earlier) if row["event"] == _STARTED), default=len(earlier))
+    noticed_at = next((row["time"] for row in earlier[started:] if row["event"] in _ENDINGS), None)
+    phases = {"state_s": saved.state_s}
+    if noticed_at is not None:
+        phases = {"noticed_at": noticed_at, "waited_s": max(0.0, saved.asked_at - noticed_at), **phases}
+    return phases
 
 
 def _last_step_before(saved: LoadedCheckpoint | None) -> int:

@@ -10,7 +10,7 @@ def tell(event: Mapping[str, Any]) -> str | None:
         case {"event": "failure", "cause": cause}:
             return f"failure: {cause}"
         case {
-            "event": "waiting_for_room" | "preempted" | "preemption_notice" | "controller_lost" | "head_lost",
+            "event": "waiting_for_room" | "preemption" | "preemption_notice" | "controller_lost" | "head_lost",
             "reason": reason,
         }:
             return str(reason)

@@ -1,5 +1,6 @@
 """The orchestrator: builds the parts of a training, restores them, runs them, closes them."""
 
+import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -189,6 +190,11 @@ class Trainer:
 
     def _restore(self, resume_from: str | None) -> LoadedCheckpoint | None:
         """The state to go on from: a survivor's, the newest snapshot in memory, or what storage has."""
+        asked_at, asked_s = time.time(), time.perf_counter()
+        saved = self._find_state(resume_from)
+        return saved and replace(saved, asked_at=asked_at, state_s=time.perf_counter() - asked_s)
+
+    def _find_state(self, resume_from: str | None) -> LoadedCheckpoint | None:
         store, share = self.runtime.snapshots, self._placement.share
         self._memory = None if store is None else MemoryTier(store, self.checkpoint_manager)
         survivors = self.runtime.survivor and SurvivorTier(self.runtime.survivor)

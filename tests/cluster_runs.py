@@ -262,6 +262,14 @@ def assert_same_run(whole: Path, other: Path) -> None:
     assert_each_row_once(other)
 
 
+def assert_times_add_up(run_dir: Path, killed_at: float, told: dict[str, Any], *phases: str) -> None:
+    """From a kill to the first step after it, an event that tells of the recovery has times that can be true."""
+    assert killed_at <= told["noticed_at"]
+    assert all(told[phase] >= 0 for phase in phases)
+    rows = [row["time"] for row in whole_lines(run_dir / "metrics.jsonl") if row["step"] > told["step"]]
+    assert told["noticed_at"] + sum(told[phase] for phase in phases) <= told["time"] <= min(rows)
+
+
 def assert_each_row_once(run_dir: Path) -> None:
     keys = [(row["split"], row["step"]) for row in metric_rows(run_dir)]
     assert len(keys) == len(set(keys))

@@ -64,6 +64,8 @@ class LoadedCheckpoint:
         rejected: newer (or better) ones that were not whole, in the order they were tried.
         tier: where it came from.
         carried: what the process that it came from knew besides, where that is alive.
+        asked_at: when a run asked for it; UNIX seconds.
+        state_s: how long it took to find and read it.
     """
 
     state: dict[str, Any]
@@ -73,6 +75,8 @@ class LoadedCheckpoint:
     rejected: list[Rejection] = field(default_factory=list)
     tier: Tier = Tier.STORAGE
     carried: Carried | None = None
+    asked_at: float = 0.0
+    state_s: float = 0.0
 
 
 class Selection(NamedTuple):

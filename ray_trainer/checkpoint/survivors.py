@@ -77,7 +77,6 @@ class SurvivorTier:
 
         Until `release`, every rank keeps what it was given: the one that had it may be the next to be lost.
         """
-        started_s = time.perf_counter()
         held = distributed.gather_objects(None if self._memory.kept is None else self._memory.kept.part.origin)
         steps = [-1 if origin is None else origin[0][1] for origin in held]
         if max(steps) < 0:
@@ -85,7 +84,7 @@ class SurvivorTier:
         if any(origin != held[0] for origin in held):  # else it is shared already
             source = steps.index(max(steps))
             self._receive(source, steps[distributed.rank()] == max(steps))
-            self._memory.story["state_s"] = time.perf_counter() - started_s
+            self._memory.story["shared_at"] = time.time()
         return self._memory.kept
 
     def restore(self) -> LoadedCheckpoint | None:
@@ -149,11 +148,13 @@ class _Content:
 def _story(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """When the first rank noticed the loss and what took how long; the last rank counts in each phase."""
     noticed = min((story["noticed_at"] for story in of_ranks if story.get("noticed_at")), default=None)
-    joined = max((story["joined_at"] for story in of_ranks if "joined_at" in story), default=None)
-    formed = max((story["formed_at"] for story in of_ranks if "formed_at" in story), default=None)
+    joined, formed, shared = (
+        max((story[name] for story in of_ranks if name in story), default=None)
+        for name in ("joined_at", "formed_at", "shared_at")
+    )
     told: dict[str, Any] = {"generation": max((story.get("generation", 0) for story in of_ranks), default=0)}
     told["replaced"] = [rank for rank, story in enumerate(of_ranks) if story.get("is_new")]
     told["by_spares"] = [rank for rank, story in enumerate(of_ranks) if story.get("is_spare")]
     if noticed is not None and joined is not None and formed is not None:
         told |= {"noticed_at": noticed, "waited_s": joined - noticed, "group_s": formed - joined}
-    return told | {"state_s": max((story["state_s"] for story in of_ranks if "state_s" in story), default=0.0)}
+    return told | {"state_s": 0.0 if shared is None or formed is None else shared - formed}

@@ -60,7 +60,7 @@ def run_to_end(
         if isinstance(ended, Outcome) and ended.stop is Stop.PREEMPTION:
             if watch.wish() is not Stop.NONE:  # of all processes, as by Slurm
                 return replace(ended, stop=watch.wish())
-            record(storage, link, "preempted", reason=_LEAVES)
+            record(storage, link, "preemption", reason=_LEAVES)
             continue
         if not isinstance(ended, ray.exceptions.RayActorError) or not retries.allow(furthest_step(storage, link)):
             mirror(storage, list_checkpoints(storage))

@@ -101,10 +101,10 @@ def measure(directory: Path, rank: int, way: str) -> dict[str, float]:
     if rejoined:
         assert rejoined["replaced"] == [rank] * (way != "without it")
         assert rejoined["by_spares"] == [rank] * (way == "a spare")
-    there = rejoined["noticed_at"] + rejoined["waited_s"] if rejoined else events["workers_started"]["time"]
+    told = rejoined or resumed
     return {
-        "noticed": (rejoined["noticed_at"] if rejoined else events["failure"]["time"]) - killed_at,
-        "workers there": there - killed_at,
+        "noticed": told["noticed_at"] - killed_at,
+        "workers there": told["noticed_at"] + told["waited_s"] - killed_at,
         "state back": resumed["time"] - killed_at,
         "first new step": rows[done + 1] - killed_at,
         "steps done twice": float(done - resumed["step"]) if done > resumed["step"] else 0.0,

@@ -114,7 +114,7 @@ def test_nodes_that_are_drained_are_left_after_a_save_and_no_step_is_repeated(cl
     cluster.remove_node(first)
     assert drain(cluster, second, notice_s=NOTICE_S)
     given_at = time.time()
-    wait_for(lambda: told(run_dir, "preempted")[1:])
+    wait_for(lambda: told(run_dir, "preemption")[1:])
     left_at = time.time()
     cluster.remove_node(second)
     cluster.add_node(num_cpus=2, resources={"seat": 2}, object_store_memory=100_000_000)
@@ -124,7 +124,7 @@ def test_nodes_that_are_drained_are_left_after_a_save_and_no_step_is_repeated(cl
     (notice,) = events(run_dir, "preemption_notice")
     assert given_at < notice["time"] < given_at + NOTICE_S
     saves = [save["step"] for save in events(run_dir, "checkpoint_saved") if given_at < save["time"] < left_at]
-    preempted = [event["time"] for event in events(run_dir, "preempted")]
+    preempted = [event["time"] for event in events(run_dir, "preemption")]
     done = [[row["step"] for row in whole_lines(run_dir / "metrics.jsonl") if row["time"] < left] for left in preempted]
     assert [event["step"] for event in events(run_dir, "resumed")] == [steps[-1] for steps in done]  # none is repeated
     assert len(set(saves)) >= 2

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cluster_runs import (
     OUTLIVING,
     Command,
     assert_same_run,
+    assert_times_add_up,
     kill,
     newest_checkpoint,
     step_of,
@@ -64,6 +66,7 @@ def assert_resumed_within_an_epoch(run_dir: Path, times: int) -> None:
 def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(tmp_path, undisturbed, rank, settings, variables):
     with training(digits(tmp_path, **settings), variables=variables) as command:
         with command.held_at(KILL_AT_STEP):
+            killed_at = time.time()
             kill(command.worker_pid(rank))
         assert command.wait() == 0, command.output
         output = command.output
@@ -71,6 +74,9 @@ def test_run_with_a_killed_worker_ends_as_the_undisturbed_one(tmp_path, undistur
     (failure,) = events(command.run_dir, "failure")
     assert f"rank {rank}: the worker process died" in failure["cause"]
     assert_resumed_within_an_epoch(command.run_dir, times=1)
+    (resumed,) = events(command.run_dir, "resumed")
+    assert killed_at <= failure["time"] == resumed["noticed_at"]
+    assert_times_add_up(command.run_dir, killed_at, resumed, "waited_s", "state_s")
     assert_same_run(undisturbed, command.run_dir)
     assert "worker process died" in output
     assert "Traceback" not in output
@@ -119,7 +125,7 @@ def test_run_whose_driver_and_workers_are_told_to_end_goes_on_from_its_last_step
         told_at = command.wait_for_step(interrupted_at + 10)
         os.kill(command.worker_pid(1), signal.SIGTERM)
         assert command.wait() == 0, command.output
-    (preempted,) = events(run_dir, "preempted")
+    (preempted,) = events(run_dir, "preemption")
     preempted_at = [row["step"] for row in whole_lines(run_dir / "metrics.jsonl") if row["time"] < preempted["time"]][
         -1
     ]

@@ -14,6 +14,7 @@ import ray
 from cluster_runs import (
     Command,
     assert_same_run,
+    assert_times_add_up,
     command_line,
     descendants,
     kill,
@@ -59,11 +60,13 @@ def test_run_that_loses_each_rank_in_turn_ends_as_the_undisturbed_one(tmp_path: 
         first, second = command.worker_pid(0), command.worker_pid(1)
         rendezvous = command.actor_pid("Rendezvous")
         command.wait_for_step(KILL_AT_STEP)
+        times = [time.time()]
         kill(second)
         first_killed_at = newest_row(command)
         wait_for_attempt(command, 2)
         kill(rendezvous)  # Ray starts it anew; it has nothing to remember
         command.wait_for_step(first_killed_at + 20)
+        times.append(time.time())
         kill(first)
         second_killed_at = newest_row(command)
         assert command.wait() == 0, command.output
@@ -73,7 +76,10 @@ def test_run_that_loses_each_rank_in_turn_ends_as_the_undisturbed_one(tmp_path: 
     assert [event["tier"] for event in resumed] == ["survivor", "survivor"]
     assert resumed[0]["step"] - first_killed_at in (0, 1)
     assert resumed[1]["step"] - second_killed_at in (0, 1)
-    assert [event["replaced"] for event in events(command.run_dir, "rejoined")] == [[1], [0]]
+    rejoined = events(command.run_dir, "rejoined")
+    assert [event["replaced"] for event in rejoined] == [[1], [0]]
+    for killed_at, event in zip(times, rejoined, strict=True):
+        assert_times_add_up(command.run_dir, killed_at, event, "waited_s", "group_s", "state_s")
     assert_same_run(undisturbed, command.run_dir)
 
 

@@ -223,7 +223,7 @@ def assert_as_if_trained_alone(sweep_dir: Path, trial: str) -> None:
     """The same lineage again, here and without Ray: bit by bit the same end."""
     run = sweep_dir / "trials" / trial
     alone = lineage(sweep_dir, trial, attempt=10**6)
-    assert not events(run, "preempted")  # told to end, it does not begin again
+    assert not events(run, "preemption")  # told to end, it does not begin again
     assert_same(tensors(newest_checkpoint(run)), tensors(newest_checkpoint(alone)))
     assert_same(validations(run), validations(alone))
 

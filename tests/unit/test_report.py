@@ -36,7 +36,7 @@ EVENTS = [
     {"event": "resumed", "step": 4, "from": "checkpoint_epoch0000_step00000004", "tier": "memory"},
     {"event": "rolled_back", "step": 7, "to_step": 5, "reason": "gradient norm nan", "tier": "memory"},
     {"event": "corruption", "step": 8, "ranks": [0], "tensors": ["layers.0.weight"]},
-    {"event": "preempted", "reason": "the node is drained"},
+    {"event": "preemption", "reason": "the node is drained"},
     {"event": "rejoined", "step": 9, "replaced": [1], "waited_s": 13.2},
     {"event": "run_finished", "step": 10, "epoch": 1, "reason": "the configured length is reached"},
 ]

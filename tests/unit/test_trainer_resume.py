@@ -245,3 +245,16 @@ def test_other_number_of_workers_is_told_where_there_was_no_checkpoint_yet(tmp_p
 
     (resized,) = events(tmp_path, "resized")
     assert (resized["step"], resized["from"], resized["to"]) == (0, 2, 1)
+
+
+def test_resume_tells_how_long_it_took_since_the_failure_was_noticed(tmp_path):
+    run(tmp_path, epochs=1)
+    failure = EventLog.of_controller(Storage.open(tmp_path)).record("failure", cause="a worker died")
+
+    run(tmp_path, epochs=2)
+    run(tmp_path, epochs=3)
+
+    after_failure, after_end = events(tmp_path, "resumed")
+    assert after_failure["noticed_at"] == failure["time"]
+    assert failure["time"] + after_failure["waited_s"] + after_failure["state_s"] <= after_failure["time"]
+    assert "noticed_at" not in after_end
