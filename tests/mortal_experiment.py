@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from handover import Handover, graves_of_run
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
@@ -102,6 +103,14 @@ def die(graves: str, point: str) -> None:
         signal.pthread_kill(threading.get_ident(), DEATHS[rank % len(DEATHS)])  # this thread goes no further
 
 
+def between_halves(is_source: bool) -> None:
+    """Half of a survivor's state has been handed to a newcomer."""
+    if is_source:
+        die(str(graves_of_run()), "handing_over")
+    elif not Hooks.graves:  # no model was ever built here
+        die(str(graves_of_run()), "taking_over")
+
+
 def build_model(config: SimpleNamespace) -> nn.Module:
     Hooks.graves = config.graves
     return Mortal(config.graves)
@@ -114,7 +123,7 @@ def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[st
 def experiment_of() -> Experiment:
     """The experiment; its hooks find their graves where its model does."""
     return Experiment(
-        build_model,
+        Handover(build_model, between_halves),
         build_datasets,
         TaskSpec("points", "tabular_classification", input_fields=["features"]),
         build_hooks=Hooks,

@@ -57,8 +57,9 @@ PHASES = {
     "restore": "loading the state after another death",
     "rejoin": "finding together after another death",
     "keep": "keeping the state after another death",
+    "handover": "state being handed over after another death",
 }
-_AFTER_A_DEATH = ("restore", "rejoin", "keep")
+_AFTER_A_DEATH = ("restore", "rejoin", "keep", "handover")
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Run:
         killer, whom = VICTIMS[victim]
         deaths = [(phase, killer, whom)]
         if phase in _AFTER_A_DEATH:
-            first = killer if phase == "restore" and whom == "self" else 2
+            is_newcomer = (phase == "restore" and whom == "self") or (phase, victim) == ("handover", "another")
+            first = killer if is_newcomer else 2  # rank 0 is then the one that hands its state over
             deaths.insert(0, ("forward", first, "self"))
         before = len(self.fired())
         command.look()

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from handover import Handover, graves_of_run
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
@@ -275,6 +276,12 @@ def build_model(config: SimpleNamespace) -> nn.Module:
     return model
 
 
+def between_halves(is_source: bool) -> None:
+    """Half of a survivor's state has been handed to a newcomer."""
+    GRAVES.place = graves_of_run()  # no model was built in a newcomer yet
+    GRAVES.at("handover")
+
+
 class Built:
     """Hooks need what only the model is told."""
 
@@ -293,7 +300,7 @@ def build_datasets(config: SimpleNamespace, training: TrainingConfig) -> dict[st
 
 
 experiment = Experiment(
-    build_model,
+    Handover(build_model, between_halves),
     build_datasets,
     TaskSpec("points", "tabular_classification", input_fields=["id", "features"]),
     build_optimizer=build_optimizer,

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import handover
 import mortal_experiment
 import pytest
 import ray
@@ -37,7 +38,8 @@ from ray_trainer.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
-ray.cloudpickle.register_pickle_by_value(mortal_experiment)  # workers cannot import it
+for module in (mortal_experiment, handover):
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it
 
 
 def newest_row(command: Command) -> int:
@@ -116,8 +118,10 @@ def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_p
     struck = fit_with_deaths(
         tmp_path / "struck",
         "in_forward_3-rank0",  # of its second step; the others wait for its gradients
-        "in_restore-rank0",  # the newcomer, once it has the state of a survivor
-        "in_restore-rank1",  # and one of the two survivors: what the third has must be enough
+        "handing_over-rank1",  # a survivor, once the newcomer has half of its state
+        "in_restore-rank0",  # the newcomer, once it has all of the other's
+        "in_restore-rank2",  # and that one: what the newcomer in the place of rank 1 was given must be enough
+        "taking_over-rank2",  # who comes next, once it has half of that
         "after_validation-rank2",
         *(f"after_step_14-rank{rank}" for rank in range(3)),  # nobody is left: the checkpoint of step 12
         "at_the_end-rank0",  # the others are done, and come back for it

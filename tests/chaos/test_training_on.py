@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import handover
 import mortal_experiment
 import pytest
 import ray
@@ -18,7 +19,8 @@ from ray_trainer.cluster import ClusterConfig, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
-ray.cloudpickle.register_pickle_by_value(mortal_experiment)  # workers cannot import it
+for module in (mortal_experiment, handover):
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it
 
 EPOCHS = 30  # of six steps
 
