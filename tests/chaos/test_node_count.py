@@ -1,4 +1,4 @@
-"""Nodes come and go under runs whose workers are all started again: ``num_workers: [least, most]``."""
+"""Nodes come and go under runs whose workers are all started again: ``num_workers: [least, most]``, sharded models."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import handover
 import mortal_experiment
 import pytest
 import ray
+import slow_points
 from cluster_runs import assert_same_run, descendants, kill, short_directory, whole_lines
 from experiments import events
 from mortal_experiment import experiment_of
@@ -23,7 +25,8 @@ from ray_trainer.seeding import set_random_seed
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
-ray.cloudpickle.register_pickle_by_value(mortal_experiment)  # workers cannot import it
+for module in (mortal_experiment, handover, slow_points):
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it
 
 
 class Nodes:
@@ -147,3 +150,29 @@ def test_run_goes_on_with_fewer_workers_when_a_node_is_lost_and_with_more_when_o
     assert grown["step"] >= added_at  # they saved before they were ended
     assert len(events(run.run_dir, "failure")) == 1
     assert_same_run(trained_alone(tmp_path / "alone"), run.run_dir)
+
+
+def test_sharded_run_that_loses_a_worker_and_then_a_node_ends_as_the_undisturbed_one(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    training = TrainingConfig(
+        epochs=1, batch_size=4, log_every_n_steps=1, save_every_n_steps=20, tensorboard=False, parallelism="fsdp"
+    )
+    whole = fit(slow_points.experiment, training, cluster_config(tmp_path, 2, "whole"))
+    where = cluster_config(tmp_path, 2)
+    with ThreadPoolExecutor() as pool:
+        run = Following(pool.submit(fit, slow_points.experiment, training, where), tmp_path / "run")
+        run.wait_for_step(25)
+        kill(run.wait_for("workers_started", 1)["pids"][0])
+        started = run.wait_for("workers_started", 2)
+        run.wait_for_step(started["step"] + 25)
+        nodes.lose_that_of(started["pids"][1])
+        nodes.add()
+        run.result()
+
+    first, _ = events(run.run_dir, "failure")
+    assert "rank 0: the worker process died" in first["cause"]
+    resumed = events(run.run_dir, "resumed")
+    assert [event["tier"] for event in resumed] == ["storage", "storage"]
+    assert 20 <= resumed[0]["step"] < resumed[1]["step"] < slow_points.STEPS
+    assert_same_run(Path(whole.run_dir), run.run_dir)
