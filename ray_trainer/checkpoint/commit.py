@@ -81,7 +81,7 @@ class Commit:
         self._images: list[FileImage] = []
         self._meta = meta
         self._policy = policy
-        self._started_at_s = time.time()
+        self._started_at_s = time.monotonic()
         self._name = ""
         self._manifest: Manifest | None = None
         self._is_sealing = False
@@ -152,7 +152,7 @@ class Commit:
     def _seal(self, written: list[dict[str, WrittenFile]], records: list[CheckpointRecord]) -> None:
         assert self._manifest is not None  # rank 0 drafted it
         files = {name: FileEntry(*file) for files in written for name, file in files.items()}
-        self._manifest = replace(self._manifest, files=files, seconds=time.time() - self._started_at_s)
+        self._manifest = replace(self._manifest, files=files, seconds=time.monotonic() - self._started_at_s)
         record = self._record()
         others = [other for other in records if other.name != record.name]
         everything = sorted([*others, record], key=lambda each: checkpoint_order(each.name) or ())

@@ -60,7 +60,7 @@ class Telemetry:
         self._clock = clock
         self._step = -1
         self._skipped = 0
-        self._saved_at = self._started_at = clock()
+        self._saved_at_s = self._started_at_s = time.monotonic()
         self._past = Goodput()
         self._waited_s = 0.0
         self._closed = threading.Event()
@@ -95,7 +95,7 @@ class Telemetry:
             case "workers_started":
                 self._begin(details)
             case "checkpoint_saved":
-                self._saved_at = details["time"]
+                self._saved_at_s = time.monotonic()
                 self._waited_s += details["stall_s"]
                 self._set("trainer_checkpoint_stall_seconds", details["stall_s"])
             case "step_skipped":
@@ -103,7 +103,7 @@ class Telemetry:
                 self._set("trainer_skipped_steps", self._skipped)
 
     def _begin(self, details: Mapping[str, Any]) -> None:
-        self._started_at = self._saved_at = details["time"]
+        self._started_at_s = self._saved_at_s = time.monotonic()
         self._set("trainer_restarts", details["attempt"] - 1)
         self._set("trainer_num_workers", details["num_workers"])
         self._set("trainer_skipped_steps", 0)
@@ -117,9 +117,9 @@ class Telemetry:
 
     def _refresh(self) -> None:
         while True:
-            now = self._clock()
-            self._set("trainer_checkpoint_age_seconds", now - self._saved_at)
-            self._set("trainer_goodput_ratio", self._past.later(now - self._started_at, self._waited_s).ratio)
+            now_s = time.monotonic()
+            self._set("trainer_checkpoint_age_seconds", now_s - self._saved_at_s)
+            self._set("trainer_goodput_ratio", self._past.later(now_s - self._started_at_s, self._waited_s).ratio)
             if self._closed.wait(REFRESH_INTERVAL_S):
                 return
 

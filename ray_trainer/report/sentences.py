@@ -15,7 +15,8 @@ _KINDS = {
         "resumed", "rejoined", "resized", "rolled_back", "head_back", "sweep_resumed", "trial_took_over", "initialised",
     ),
     "trouble": (
-        "failure", "waiting_for_room", "spare_lost", "hang", "corruption", "preemption", "preemption_notice", "controller_lost", "head_lost",
+        "failure", "waiting_for_room", "spare_lost", "hang", "corruption", "preemption", "preemption_notice",
+        "controller_lost", "head_lost",
         "checkpoint_failed", "checkpoint_rejected", "out_of_memory", "ended_for_memory",
         "batch_failed",
     ),

@@ -104,7 +104,7 @@ class Seal:
         directory.sync()
         name, content = self.manifest
         directory.write(name, content)
-        at_s = time.time()
+        at_s = time.monotonic()
         return Sealed(at_s, tuple(each for each in self.obsolete if self._discard(each, goes_on)))
 
     def _discard(self, name: str, goes_on: Callable[[], None]) -> bool:
@@ -121,7 +121,7 @@ class Sealed(NamedTuple):
     """What came of a `Seal`.
 
     Attributes:
-        at_s: when the directory was whole, UNIX seconds.
+        at_s: when the directory was whole, on the monotonic clock, which all processes of a machine share.
         deleted: which directories are gone.
     """
 
