@@ -5,6 +5,7 @@ on from it is a run that was resumed.
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -124,14 +125,19 @@ class SurvivorTier:
         """Keep what the source keeps; a rank at the same step has still what is its own. Collective."""
         mine = self._memory.kept
         is_source = distributed.rank() == source
-        header = (mine.part, mine.carried, len(mine.content)) if mine is not None and is_source else None
+        story = self._memory.story
+        header = None
+        if mine is not None and is_source:
+            header = (mine.part, mine.carried, len(mine.content), story.get("noticed_at", math.inf))
         shared = distributed.broadcast_object(header, source)
         assert shared is not None  # the source has it
-        part, carried, size_bytes = shared
+        part, carried, size_bytes, noticed_at = shared
         content = mine.content if mine is not None and is_source else np.empty(size_bytes, dtype=np.uint8)
         distributed.broadcast_bytes(torch.from_numpy(content), source)
         own = mine.own if mine is not None and is_up_to_date else None
         self._memory.kept = KeptState(part, content, carried, own)
+        if noticed_at < story.get("noticed_at", math.inf):
+            story["noticed_at"] = noticed_at  # the source may be lost before it tells
 
 
 class _Content:

@@ -130,6 +130,8 @@ def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_p
     resumed = events(struck, "resumed")
     assert [event["step"] for event in resumed] == [1, 6, 12, LAST_STEP]
     assert [event["tier"] for event in resumed] == ["survivor", "survivor", "storage", "storage"]
+    _, second, *_ = events(struck, "failure")
+    assert events(struck, "rejoined")[0]["noticed_at"] < second["time"]  # by one who has died since
     assert_same_run(whole, struck)
 
 
