@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from ray_trainer.checkpoint.catalog import newest_step
@@ -48,10 +47,9 @@ class ResizeGuard(ControllerCallback, WorkerGroupCallback):
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Called by Ray when a worker has failed, or not all of them found room."""
         self._is_training = False
-        coordinator = get_or_create_autoscaling_coordinator()
         try:
-            ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=_ANSWERS_WITHIN_S)
-        except ray.exceptions.RayError as error:
+            look_at_cluster()
+        except (ImportError, TypeError, ray.exceptions.RayError) as error:  # another version of Ray, or it is busy
             logger.warning("Ray could not be made to look at the cluster: %s", error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
@@ -70,3 +68,16 @@ class ResizeGuard(ControllerCallback, WorkerGroupCallback):
                 time.sleep(_ASKS_EVERY_S)
         except OSError as error:
             logger.warning("Workers are ended before they have saved: %s", error)
+
+
+def look_at_cluster() -> None:
+    """Have Ray see at once which nodes there are; it looks every 20 s by itself. Rests on what is not public.
+
+    Raises:
+        ImportError, TypeError: another version of Ray has no such thing.
+        RayError: no answer.
+    """
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as scaling
+
+    coordinator = scaling.get_or_create_autoscaling_coordinator()
+    ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=_ANSWERS_WITHIN_S)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from ray.cluster_utils import Cluster
 
 from ray_trainer import Trainer, TrainingConfig
 from ray_trainer.cluster import ClusterConfig, fit
+from ray_trainer.cluster.resizing import look_at_cluster
 from ray_trainer.seeding import set_random_seed
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
@@ -41,9 +41,7 @@ class Nodes:
     def add(self) -> None:
         """One more, of which Ray is to know at once: it would look within 20 s."""
         self.cluster.add_node(num_cpus=1, resources={"seat": 1}, object_store_memory=100_000_000)
-        with suppress(ValueError):  # before any training
-            coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-            ray.get(coordinator.get_reserved_resources.remote("", recompute=True))
+        look_at_cluster()
 
     def lose_that_of(self, pid: int) -> None:
         """SIGKILL to all processes of the node on which a worker is."""
