@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 LOOKS_EVERY_S = 20.0
 _ANSWERS_WITHIN_S = 5.0
 _SAVES_WITHIN_S = 60.0
-_ASKS_EVERY_S = 0.2
+_ASKS_EVERY_S = 0.5
 
 
 class ResizeGuard(ControllerCallback, WorkerGroupCallback):
