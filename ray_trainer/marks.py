@@ -31,8 +31,9 @@ class Mark(NamedTuple):
         world_size, rank: of the process.
         micro_batch: which of the rank's, from 0.
         phase: see above.
+        machine: on which it is.
         kernel_kills: processes that the kernel of the machine has ended for want of memory; of a mark that was
-            found, since the process began.
+            found, since the process began, as far as it was found on that machine.
     """
 
     attempt: int
@@ -43,10 +44,11 @@ class Mark(NamedTuple):
     rank: int
     micro_batch: int
     phase: int
+    machine: int = 0
     kernel_kills: int = 0
 
 
-_FORM = struct.Struct("<9q")
+_FORM = struct.Struct("<10q")
 
 
 class Marks:
@@ -63,7 +65,7 @@ class Marks:
     def __init__(self, storage: Storage, is_on: bool) -> None:
         self._folder = storage.local_path(_FOLDER) if storage.is_local else _beside(storage.uri)
         self._is_on = is_on
-        self._kernel_kills = 0
+        self._origin = {"machine": 0, "kernel_kills": 0}
         self._file: mmap.mmap | None = None
 
     def left_before(self, attempt: int) -> list[Mark]:
@@ -72,7 +74,8 @@ class Marks:
             return []
         with distributed.same_error_everywhere():
             here = _found(self._folder) if attempt > 1 else []
-        found = {mark.rank: mark for marks in distributed.gather_objects(here) for mark in marks}
+        seen = [mark for marks in distributed.gather_objects(here) for mark in marks]
+        found = {mark.rank: mark for mark in sorted(seen, key=lambda mark: mark.kernel_kills)}
         newest = max((mark.attempt for mark in found.values() if mark.attempt < attempt), default=0)
         return [mark for _, mark in sorted(found.items()) if mark.attempt == newest]
 
@@ -108,7 +111,7 @@ class Marks:
                 number < attempt or attempt == 1 < number
             ):  # a fresh run's; else this process may be the one that is late
                 other.unlink(missing_ok=True)
-        self._kernel_kills = kernel_kills()
+        self._origin = {"machine": _machine(), "kernel_kills": kernel_kills()}
         path.write_bytes(bytes(_FORM.size))
         with path.open("r+b") as file:
             return mmap.mmap(file.fileno(), _FORM.size)
@@ -121,7 +124,7 @@ class Marks:
     def put(self, mark: Mark) -> None:
         """Where this process is now."""
         if self._file is not None:
-            _FORM.pack_into(self._file, 0, *mark._replace(kernel_kills=self._kernel_kills))
+            _FORM.pack_into(self._file, 0, *mark._replace(**self._origin))
 
 
 def to_blame(marks: Sequence[Mark]) -> list[Mark]:
@@ -160,8 +163,16 @@ def _beside(uri: str) -> Path:
     return Path(tempfile.gettempdir(), f"ray-trainer-{os.getuid()}", sha256(uri.encode()).hexdigest()[:16])
 
 
+def _machine() -> int:
+    """A number of this machine, the same for all processes until it starts anew; 0 where it has none."""
+    try:
+        return int.from_bytes(sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes()).digest()[:7])
+    except OSError:
+        return 0
+
+
 def _found(folder: Path) -> list[Mark]:
-    kills = kernel_kills()
+    machine, kills = _machine(), kernel_kills()
     found: list[Mark] = []
     for path in folder.glob("*-*"):
         try:
@@ -169,5 +180,5 @@ def _found(folder: Path) -> list[Mark]:
         except (OSError, struct.error) as error:  # it was being made, or is somebody else's
             logger.debug("A mark could not be read: %s", error)
         else:
-            found.append(mark._replace(kernel_kills=kills - mark.kernel_kills))
+            found.append(mark._replace(kernel_kills=kills - mark.kernel_kills if mark.machine == machine else 0))
     return found

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 try:
+    from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback
     from ray.train.v2._internal.execution.callback import WorkerCallback as WorkerCallback
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback as WorkerGroupCallback
 except ImportError:  # nothing that derives from them is made then
-    WorkerCallback = WorkerGroupCallback = object
+    ControllerCallback = WorkerCallback = WorkerGroupCallback = object
 
 #: An owner, the name of its function, and how many arguments it is called with.
 Call = tuple[Any, str, int]

@@ -23,7 +23,7 @@ from ray_trainer.cluster.monitor import terms_of
 from ray_trainer.cluster.readiness import require_cluster, require_storage
 from ray_trainer.cluster.rejoin import Rejoining, may_shrink, open_rendezvous, rejoins
 from ray_trainer.cluster.replacement import InPlaceConfig, ReplacementGuard
-from ray_trainer.cluster.resizing import LOOKS_EVERY_S, ResizeGuard
+from ray_trainer.cluster.resizing import LOOKS_EVERY_S, guards
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.session import (
     has_room_elsewhere,
@@ -271,7 +271,7 @@ def _torch_trainer(
                 ),
                 *recorders(job.link),
                 *listeners(),
-                *([ResizeGuard(storage, job.link)] if isinstance(cluster.num_workers, tuple) else []),
+                *(guards(storage, job.link) if isinstance(cluster.num_workers, tuple) else []),
                 *([ReplacementGuard(rejoining.rendezvous, partial(record, storage, job.link))] if rejoining else []),
             ],
         ),

@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from ray_trainer.checkpoint.catalog import newest_step
+from ray_trainer.cluster.internals import ControllerCallback, WorkerGroupCallback, missing_call
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,21 @@ class ResizeGuard(ControllerCallback, WorkerGroupCallback):
                 time.sleep(_ASKS_EVERY_S)
         except OSError as error:
             logger.warning("Workers are ended before they have saved: %s", error)
+
+
+def guards(run: Storage, link: ActorHandle) -> list[ResizeGuard]:
+    """What Ray has to call; nothing where another version of Ray has no such calls. See `ResizeGuard`."""
+    missing = missing_call(
+        [
+            (WorkerGroupCallback, "after_worker_group_training_start", 1),
+            (ControllerCallback, "before_controller_execute_failure_decision", 1),
+            (ControllerCallback, "before_controller_execute_resize_decision", 1),
+        ]
+    )
+    if missing is None:
+        return [ResizeGuard(run, link)]
+    logger.warning("Steps are done again when a node joins, because of another version of Ray: %s.", missing)
+    return []
 
 
 def look_at_cluster() -> None:
