@@ -130,7 +130,7 @@ def test_samples_are_left_out_from_their_step_on_only():
 def test_mark_of_an_earlier_run_in_the_same_directory_says_nothing_of_a_fresh_one(tmp_path):
     mark = Mark(attempt=4, epoch=0, step_in_epoch=1, step=1, world_size=1, rank=0, micro_batch=0, phase=1)
     (tmp_path / ".steps").mkdir()
-    (tmp_path / ".steps" / "4-0").write_bytes(struct.pack("<9q", *mark))
+    (tmp_path / ".steps" / "4-0").write_bytes(struct.pack("<10q", *mark))
 
     carry_out(start(tmp_path, bad=-1, epochs=1), resume_from=None)
 
