@@ -111,6 +111,7 @@ def _open_head() -> Any:
 
         head = GcsClient(address=ray.get_runtime_context().gcs_address)
         head.get_draining_nodes  # noqa: B018 # looked up when it is used, elsewhere than in the class
+        ray._private.state.available_resources_per_node  # noqa: B018 # for `has_room_elsewhere`
     except (ImportError, AttributeError, TypeError) as error:
         logger.warning(
             "Nodes that are going to be taken away are left too late, and a lost head is not noticed, because of "
