@@ -12,7 +12,7 @@ try:
     from ray.train.v2._internal.execution.callback import WorkerCallback as WorkerCallback
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback as WorkerGroupCallback
 except ImportError:  # nothing that derives from them is made then
-    ControllerCallback = WorkerCallback = WorkerGroupCallback = object
+    ControllerCallback, WorkerCallback, WorkerGroupCallback = (type("Missing", (), {}) for _ in range(3))
 
 #: An owner, the name of its function, and how many arguments it is called with.
 Call = tuple[Any, str, int]
