@@ -186,7 +186,7 @@ def test_command_refuses_a_run_that_lost_all_it_saved_once_and_touches_nothing(t
 
     told = [line for line in output.splitlines() if line.startswith("ray-trainer: ")]
     assert code == 1, output
-    assert len(told) == 1
+    assert len(told) == 1, output
     assert "None of the checkpoints that were saved" in told[0]
     assert f"{newest}: manifest.json is missing, although the save was finished" in output
     assert "give the run another name" in output
