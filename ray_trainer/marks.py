@@ -49,6 +49,7 @@ class Mark(NamedTuple):
 
 
 _FORM = struct.Struct("<10q")
+_MOVING = struct.Struct("<8q")  # of it: what changes from step to step
 
 
 class Marks:
@@ -65,7 +66,6 @@ class Marks:
     def __init__(self, storage: Storage, is_on: bool) -> None:
         self._folder = storage.local_path(_FOLDER) if storage.is_local else _beside(storage.uri)
         self._is_on = is_on
-        self._origin = {"machine": 0, "kernel_kills": 0}
         self._file: mmap.mmap | None = None
 
     def left_before(self, attempt: int) -> list[Mark]:
@@ -107,12 +107,10 @@ class Marks:
         self._folder.mkdir(parents=True, exist_ok=True)
         for other in self._folder.glob("*-*"):
             number = int(other.name.partition("-")[0])
-            if (
-                number < attempt or attempt == 1 < number
-            ):  # a fresh run's; else this process may be the one that is late
+            is_of_earlier_run = attempt == 1 < number
+            if number < attempt or is_of_earlier_run:  # else this process may be the one that is late
                 other.unlink(missing_ok=True)
-        self._origin = {"machine": _machine(), "kernel_kills": kernel_kills()}
-        path.write_bytes(bytes(_FORM.size))
+        path.write_bytes(_FORM.pack(*[0] * 8, _machine(), kernel_kills()))
         with path.open("r+b") as file:
             return mmap.mmap(file.fileno(), _FORM.size)
 
@@ -124,7 +122,7 @@ class Marks:
     def put(self, mark: Mark) -> None:
         """Where this process is now."""
         if self._file is not None:
-            _FORM.pack_into(self._file, 0, *mark._replace(**self._origin))
+            _MOVING.pack_into(self._file, 0, *mark[:8])
 
 
 def to_blame(marks: Sequence[Mark]) -> list[Mark]:

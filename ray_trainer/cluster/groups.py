@@ -6,16 +6,13 @@ machine that trains for itself, the group of a trial that was killed would stay,
 (ray-project/ray#54305).
 """
 
-import logging
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from ray_trainer.cluster.internals import WorkerGroupCallback, missing_groups
-
-logger = logging.getLogger(__name__)
+from ray_trainer.cluster.internals import WorkerGroupCallback, missing_groups, unless_missing
 
 RESERVED = "workers_reserved"
 
@@ -34,13 +31,9 @@ class GroupRecorder(WorkerGroupCallback):
 
 def recorders(link: ActorHandle) -> list[GroupRecorder]:
     """What tells the link of the workers' placement group; nothing in a Ray that does not say which one it is."""
-    missing = missing_groups()
-    if missing is None:
-        return [GroupRecorder(link)]
-    logger.warning(
-        "If Ray's controller is lost its workers may keep their CPUs, because of another version of Ray: %s.", missing
+    return unless_missing(
+        missing_groups(), "If Ray's controller is lost its workers may keep their CPUs", lambda: GroupRecorder(link)
     )
-    return []
 
 
 def free_group(group: str) -> None:

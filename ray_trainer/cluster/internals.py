@@ -4,8 +4,13 @@ Another version of Ray may have it elsewhere. What rests on it is then left out,
 """
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 try:
     from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback
@@ -18,10 +23,23 @@ except ImportError:  # nothing that derives from them is made then
 Call = tuple[Any, str, int]
 
 
+def unless_missing(missing: str | None, consequence: str, make: Callable[[], T]) -> list[T]:
+    """What is made, if this Ray has what it rests on; else nothing, and the user is told what comes of that.
+
+    Args:
+        missing: what is not there.
+        consequence: of it, as a clause.
+        make: only called if nothing is missing.
+    """
+    if missing is None:
+        return [make()]
+    logger.warning("%s, because of another version of Ray: %s.", consequence, missing)
+    return []
+
+
 def missing_groups() -> str | None:
     """What this Ray lacks of what tells in which placement group the workers are; None if nothing."""
     try:
-        from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.worker_group import WorkerGroup
         from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
         from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState

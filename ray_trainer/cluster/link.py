@@ -64,6 +64,24 @@ def open_link() -> ActorHandle:
     return ray.remote(**options, enable_task_events=False)(Link).remote()  # Ray's head remembers each call otherwise
 
 
+class Wish:
+    """Something that is wanted once: told by a thread, seen to by training."""
+
+    def __init__(self) -> None:
+        self._told = threading.Event()
+
+    def tell(self) -> None:
+        """It is wanted."""
+        self._told.set()
+
+    def take(self) -> bool:
+        """Whether it is wanted; true once for each time that it was told anew. Cheap."""
+        if not self._told.is_set():
+            return False
+        self._told.clear()
+        return True
+
+
 class WorkerLink:
     """Rank 0's end: a thread exchanges in the background, so that a step never waits for the network."""
 
@@ -73,7 +91,7 @@ class WorkerLink:
         self._progress: Mapping[str, Any] = {}
         self._events: list[dict[str, Any]] = []
         self._closed = threading.Event()
-        self._wants_save = threading.Event()
+        self.save = Wish()
         self._thread = threading.Thread(target=self._run, name="ray-trainer-link", daemon=True)
         self.stop = Stop.NONE
 
@@ -87,13 +105,6 @@ class WorkerLink:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
-
-    def take_wish_to_save(self) -> bool:
-        """Whether a checkpoint is wanted at once; true once for each wish."""
-        is_wanted = self._wants_save.is_set()
-        if is_wanted:
-            self._wants_save.clear()
-        return is_wanted
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """Replace the progress that goes out next."""
@@ -116,6 +127,6 @@ class WorkerLink:
                 wish, wants_save = int(Stop.NONE), False  # nobody is watching at the moment, or ever again
             self.stop = max(self.stop, Stop(wish))
             if wants_save:
-                self._wants_save.set()
+                self.save.tell()
             if is_last:
                 return

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from ray_trainer.cluster.departure import Departure, Move
+from ray_trainer.cluster.link import Wish
 from ray_trainer.errors import LeaseLostError
 from ray_trainer.metrics import EventLog
 from ray_trainer.runtime import Stop
@@ -38,6 +39,7 @@ class Notices:
 
     Attributes:
         stop: `Stop.PREEMPTION` once such a node is to be left.
+        save: a checkpoint is wanted at once.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Notices:
         self._has_room = has_room
         self._head = _open_head()
         self._closed = threading.Event()
-        self._wants_save = threading.Event()
+        self.save = Wish()
         self._thread = threading.Thread(target=self._run, name="ray-trainer-notices", daemon=True)
         self.stop = Stop.NONE
 
@@ -61,13 +63,6 @@ class Notices:
         """End; an answer that is waited for is given up."""
         self._closed.set()
 
-    def take_wish_to_save(self) -> bool:
-        """Whether a checkpoint is wanted at once; true once for each time that there is a reason."""
-        if not self._wants_save.is_set():
-            return False
-        self._wants_save.clear()
-        return True
-
     def _run(self) -> None:
         answered_at_s = time.monotonic()
         is_lost = False
@@ -77,7 +72,7 @@ class Notices:
             except (ray.exceptions.RpcError, ray.exceptions.GetTimeoutError) as error:
                 if not is_lost and time.monotonic() - answered_at_s > LOST_AFTER_S:
                     is_lost = True
-                    self._wants_save.set()
+                    self.save.tell()
                     self._record("head_lost", "Ray's head does not answer; a checkpoint is written at once", error)
                 continue
             if is_lost:
@@ -91,7 +86,7 @@ class Notices:
             return
         move = self._departure.next_move(leaving, self._has_room(leaving), time.time())
         if move is Move.SAVE:
-            self._wants_save.set()
+            self.save.tell()
             self._record("preemption_notice", _NOTICED.format(min(leaving.values()) - time.time()))
         elif move is Move.LEAVE:
             self.stop = Stop.PREEMPTION

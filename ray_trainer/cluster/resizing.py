@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from ray_trainer.checkpoint.catalog import newest_step
-from ray_trainer.cluster.internals import ControllerCallback, WorkerGroupCallback, missing_call
+from ray_trainer.cluster.internals import ControllerCallback, WorkerGroupCallback, missing_call, unless_missing
 from ray_trainer.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,7 @@ def guards(run: Storage, link: ActorHandle) -> list[ResizeGuard]:
             (ControllerCallback, "before_controller_execute_resize_decision", 1),
         ]
     )
-    if missing is None:
-        return [ResizeGuard(run, link)]
-    logger.warning("Steps are done again when a node joins, because of another version of Ray: %s.", missing)
-    return []
+    return unless_missing(missing, "Steps are done again when a node joins", lambda: ResizeGuard(run, link))
 
 
 def look_at_cluster() -> None:

@@ -130,8 +130,8 @@ class RayRuntime:
 
     def requested_save(self) -> bool:
         """See `Runtime`; the head is lost, a node is going to be, or Ray is going to end the workers for others."""
-        of_notices = self._notices is not None and self._notices.take_wish_to_save()
-        return self._link.take_wish_to_save() or of_notices
+        is_noticed = self._notices is not None and self._notices.save.take()
+        return self._link.save.take() or is_noticed
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """See `Runtime`."""

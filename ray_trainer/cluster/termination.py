@@ -5,14 +5,11 @@ Whoever takes a machine away says so first with that signal: Slurm, Kubernetes, 
 the others with the next step.
 """
 
-import logging
 import signal
 import threading
 from types import FrameType
 
-from ray_trainer.cluster.internals import WorkerCallback, missing_call
-
-logger = logging.getLogger(__name__)
+from ray_trainer.cluster.internals import WorkerCallback, missing_call, unless_missing
 
 _told = threading.Event()
 
@@ -35,10 +32,7 @@ class TerminationNotice(WorkerCallback):
 def listeners() -> list[TerminationNotice]:
     """What Ray has to call on each worker; nothing where another version of Ray has no such calls."""
     missing = missing_call([(WorkerCallback, "after_init_train_context", 0)])
-    if missing is None:
-        return [TerminationNotice()]
-    logger.warning("A worker that gets SIGTERM ends unsaved, because of another version of Ray: %s.", missing)
-    return []
+    return unless_missing(missing, "A worker that gets SIGTERM ends unsaved", TerminationNotice)
 
 
 def is_to_go() -> bool:
