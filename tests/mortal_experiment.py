@@ -5,6 +5,7 @@ As long as there is one named ``hold_after_step_N``, all wait there, and as long
 step takes its time.
 """
 
+import os
 import signal
 import threading
 import time
@@ -64,7 +65,8 @@ class Mortal(nn.Module):
 class Hooks:
     """Points on the way."""
 
-    graves = ""  # those of the model that was built last in this process
+    graves = ""  # those of the model that was built last ...
+    process = 0  # ... which was in this process; this class travels with what it has
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -107,10 +109,12 @@ def between_halves(is_source: bool) -> None:
     """Half of a survivor's state has been handed to a newcomer."""
     if is_source:
         die(str(graves_of_run()), "handing_over")
+    elif Hooks.process != os.getpid():  # no model was ever built here
+        die(str(graves_of_run()), "taking_over")
 
 
 def build_model(config: SimpleNamespace) -> nn.Module:
-    Hooks.graves = config.graves
+    Hooks.graves, Hooks.process = config.graves, os.getpid()
     return Mortal(config.graves)
 
 

@@ -121,6 +121,7 @@ def test_deaths_in_every_phase_and_during_recovery_lose_and_repeat_no_step(tmp_p
         "handing_over-rank1",  # a survivor, once the newcomer has half of its state
         "in_restore-rank0",  # the newcomer, once it has all of the other's
         "in_restore-rank2",  # and that one: what the newcomer in the place of rank 1 was given must be enough
+        "taking_over-rank2",  # who comes next, once it has half of that
         "after_validation-rank2",
         *(f"after_step_14-rank{rank}" for rank in range(3)),  # nobody is left: the checkpoint of step 12
         "at_the_end-rank0",  # the others are done, and come back for it
