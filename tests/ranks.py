@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 from experiments import FORKSERVER_IMPORTS
+from ports import free_ports
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([*FORKSERVER_IMPORTS, "torch.distributed.fsdp", "torch.distributed.checkpoint"])
@@ -25,9 +25,7 @@ def in_rank(rank: int, port: int, world_size: int, answer: Path, work: Any, argu
 
 def exit_codes(world_size: int, work: Any, run_dir: Path, *arguments: Any) -> list[int | None]:
     """How each of some processes ended that called a function; what it returned is in a file beside the run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     processes = [
         PROCESSES.Process(target=in_rank, args=(rank, port, world_size, answer, work, (run_dir, *arguments)))
         for rank, answer in enumerate(_answers(world_size, run_dir))
@@ -44,7 +42,8 @@ def exit_codes(world_size: int, work: Any, run_dir: Path, *arguments: Any) -> li
 
 def on_ranks(world_size: int, work: Any, run_dir: Path, *arguments: Any) -> list[Any]:
     """What a function returned on each of some processes."""
-    assert exit_codes(world_size, work, run_dir, *arguments) == [0] * world_size
+    codes = exit_codes(world_size, work, run_dir, *arguments)
+    assert codes == [0] * world_size, f"exit codes {codes}"
     return [torch.load(answer, weights_only=False) for answer in _answers(world_size, run_dir)]
 
 

@@ -6,7 +6,6 @@ It asks for a token, on ports of its own, so that neither another Ray on this ma
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster_runs import short_directory
+from ports import free_ports
 
 from ray_trainer.chaos import processes
 
@@ -94,15 +94,6 @@ def ray_head(num_cpus: int = 2) -> Iterator[RayHead]:
             yield head
         finally:
             end(process)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def wait_until_up(head: RayHead, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cluster_runs import short_directory
-from ray_head import PATIENCE_S, PORTS, RayHead, end, free_ports, wait_until_up
+from ports import free_ports
+from ray_head import PATIENCE_S, PORTS, RayHead, end, wait_until_up
 
 _HIDDEN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH", "RAY_AUTH_TOKEN_PATH")
 REDIS_PASSWORD = secrets.token_hex(16)

@@ -97,10 +97,10 @@ class StackFile:
 
 
 def frames_of(text: str, thread: int) -> tuple[Frame, ...]:
-    """The stack of one thread, innermost first, from what faulthandler wrote; empty if it is not there."""
+    """The stack of one thread, innermost first, from what faulthandler wrote up to now; empty if it is not there."""
     frames: list[Frame] = []
     is_inside = False
-    for line in text.splitlines():
+    for line in text[: text.rfind("\n") + 1].splitlines():  # the rest of a line may be on its way
         head = _THREAD.match(line)
         if head:
             is_inside = int(head[1], 16) == thread
@@ -110,6 +110,11 @@ def frames_of(text: str, thread: int) -> tuple[Frame, ...]:
         if is_inside and frame:
             frames.append(Frame(*frame.groups()))
     return tuple(frames)
+
+
+def are_alike(one: tuple[Frame, ...], other: tuple[Frame, ...]) -> bool:
+    """Whether two stacks may be the same: on a busy machine one of them may have been read before it was whole."""
+    return all(first == second for first, second in zip(one, other, strict=False))
 
 
 def activity(frames: tuple[Frame, ...]) -> Activity:

@@ -10,7 +10,7 @@ from ray_trainer.pulse.deadlines import Terms, deadline_s, longest_wait_s
 from ray_trainer.pulse.desk import Report, ask
 from ray_trainer.pulse.orders import Assignment
 from ray_trainer.pulse.phases import PATIENT, Phase
-from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, frames_of
+from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, are_alike, frames_of
 from ray_trainer.pulse.verdict import Place
 
 #: A stack that has stayed the same for so long when a deadline passes, or for half of the floor, is that of a hang.
@@ -136,11 +136,12 @@ class Watch:
         if now.reading.phase is Phase.EXCHANGE:
             return self._ask()
         frames = frames_of(self._stacks.take(self.thread), self.thread)
-        if frames == now.frames:
+        if now.frames is not None and are_alike(frames, now.frames):
+            frames = max(frames, now.frames, key=len)
             now.same_s += elapsed_s
         else:
-            now.was_at_work = now.frames is not None
-            now.frames, now.same_s = frames, 0.0
+            now.was_at_work, now.same_s = now.frames is not None, 0.0
+        now.frames = frames
         if now.still_s >= self._limit_s() + SAME_FOR_S and now.reading.phase not in PATIENT:
             return self._found("it takes too long")
         does = activity(frames)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import s3_server
-from ray_head import free_ports
+from ports import free_ports
 
 
 class SeaweedServer(s3_server.S3Server):

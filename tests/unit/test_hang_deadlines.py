@@ -13,7 +13,7 @@ from ray_trainer.pulse import Phase, Pulse
 from ray_trainer.pulse.board import SIZE_BYTES, Board, Durations, file_in_memory
 from ray_trainer.pulse.deadlines import LEARNED_AFTER, Terms, deadline_s, percentile_s
 from ray_trainer.pulse.desk import FRESH_S, PATIENCE_FLOORS, SETTLED_S, Desk, Report
-from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, frames_of
+from ray_trainer.pulse.stacks import Activity, Frame, StackFile, activity, are_alike, frames_of
 from ray_trainer.pulse.verdict import Place, blame
 
 TERMS = Terms(floor_s=10.0, patience_s=1800.0)
@@ -100,6 +100,15 @@ def test_stack_of_the_training_thread_is_found_among_all():
         Frame("/home/me/train.py", "3", "<module>"),
     )
     assert frames_of(STACKS, 1) == frames_of("", 1) == ()
+
+
+def test_stack_that_is_not_yet_written_to_its_end_is_like_the_whole_one_and_like_no_other():
+    whole = frames_of(STACKS, 0x7F8B6B1C4B80)
+
+    for size in range(len(STACKS)):
+        assert are_alike(frames_of(STACKS[:size], 0x7F8B6B1C4B80), whole)
+    assert not are_alike(frames_of(STACKS.replace("line 12", "line 13"), 0x7F8B6B1C4B80), whole)
+    assert not are_alike(frames_of(STACKS.replace("line 3 ", "line 4 "), 0x7F8B6B1C4B80), whole)
 
 
 def frames(*files: str) -> tuple[Frame, ...]:

@@ -25,13 +25,11 @@ for step in range(20):
     pulse.beat(Phase.DATA)
     pulse.beat(Phase.FORWARD)
 
-def at_work():
-    print("ready", flush=True)
-    sys.stdin.readline()
+def at_work():  # each of these on one line, so that the stack is the same from "ready" on
+    print("ready", flush=True), sys.stdin.readline()
 
 def hangs():
-    print("ready", flush=True)
-    time.sleep(1000)
+    print("ready", flush=True), time.sleep(1000)
 
 at_work()
 hangs()
