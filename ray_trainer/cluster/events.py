@@ -42,6 +42,7 @@ FINAL_ERRORS = (
     StateMismatchError,
 )
 _ANSWER_WITHIN_S = 5.0
+_LOOKS_EVERY_S = 0.5
 #: What Ray's memory monitor says of a worker that it has ended: an `OutOfMemoryError`, which is no `RayActorError`.
 _LOW_MEMORY = re.compile(
     r"killed due to the node running low on memory(?:\. Memory on the node \(IP: ([^,)]+)[^)]*\) was (.+? limit))?"
@@ -86,7 +87,7 @@ class FailureRecorder(UserCallback):
             if ranks[place] is None:
                 record(self._run, self._link, "spare_lost", cause=_line(error))
         if not failures:
-            time.sleep(self._pauses.after_loss())  # Ray replaces it next, and does nothing else meanwhile
+            self._pause(worker_exceptions.keys())
             return
         errors = causes(failures)
         cause = describe_failures(failures)
@@ -99,6 +100,12 @@ class FailureRecorder(UserCallback):
         final = final or self._hopeless(errors, cause, failures.keys())
         if final is not None:
             raise ray.train.ControllerError(final)  # the one kind that Ray neither retries nor logs
+
+    def _pause(self, places: Collection[int]) -> None:
+        """Delay what Ray does next, which is to replace spares, as long as nobody misses a worker there."""
+        until_s = time.monotonic() + self._pauses.after_loss()
+        while time.monotonic() < until_s and set(self._ranks_of(places).values()) == {None}:
+            time.sleep(_LOOKS_EVERY_S)
 
     def _hopeless(
         self, errors: Mapping[int, BaseException], cause: str, ranks: Collection[int]

@@ -2,15 +2,16 @@
 
 import pickle
 import traceback
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from ray_trainer.cluster.events import describe_failures, furthest_on_storage
+from ray_trainer.cluster.events import FailureRecorder, describe_failures, furthest_on_storage
 from ray_trainer.cluster.retries import Episodes, Pauses, Repetitions, Retries, note_place
 from ray_trainer.errors import CheckpointError, MemoryShortageError
-from ray_trainer.metrics import EventLog
+from ray_trainer.metrics import EventLog, read_events
 from ray_trainer.storage import Storage
 
 SHORTAGES = [("4 samples", "this"), ("2 samples", "this"), ("2 samples", "that")]
@@ -87,6 +88,23 @@ def test_workers_nobody_waits_for_are_replaced_at_once_unless_they_keep_dying():
     answers.append(pauses.after_loss())
 
     assert answers == [0, 0, 0, 1, 2, 4, 8, 16, 30, 30, 0]
+
+
+def test_pause_before_a_spare_is_replaced_ends_once_a_worker_is_missed(tmp_path):
+    looks: list[int] = []
+
+    def ranks_of(places):
+        looks[-1] += 1
+        return {place: None if looks[-1] == 1 else -1 - place for place in places}
+
+    link = SimpleNamespace(announce=SimpleNamespace(remote=lambda event: None))
+    recorder = FailureRecorder(Storage.open(tmp_path), link, max_failures=0, ranks_of=ranks_of)
+    for _ in range(9):  # of which the last six would wait for a minute
+        looks.append(0)
+        recorder.after_exception(None, {2: RuntimeError("it died")})
+
+    assert looks == [1] * 3 + [2] * 6
+    assert [row["event"] for row in read_events(Storage.open(tmp_path))] == ["spare_lost"] * 9
 
 
 def test_same_error_at_the_same_place_and_step_is_known_again_whatever_it_says():
