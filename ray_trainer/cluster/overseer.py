@@ -1,7 +1,7 @@
 """The driver's side of a sweep while Ray Tune runs it: records, frees, shows, and says when to stop."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
 import ray
@@ -17,6 +17,7 @@ from ray_trainer.runtime import Stop
 
 POLL_INTERVAL_S = 0.5
 SUMMARY_INTERVAL_S = 15.0
+_ANSWERS_WITHIN_S = 30.0
 
 
 class SweepDisplay(Protocol):
@@ -62,7 +63,7 @@ class Overseer(tune.Callback):
         self._display = display
         self._wish = wish
         self._config = config
-        self._groups: dict[str, str] = {}
+        self._groups: dict[str, Mapping[str, Any]] = {}  # the event that told of it
         self._busy: set[str] = set()
         self._polled = self._summarised = time.monotonic()
         self._stopping_since: float | None = None
@@ -155,10 +156,10 @@ class Overseer(tune.Callback):
         self._polled = time.monotonic()
         is_stopping = int(self._stopping_since is not None)
         try:
-            _, events = cast(tuple[Any, list[dict[str, Any]]], ray.get(self.link.take.remote(is_stopping)))
-        except ray.exceptions.RayActorError:
+            answer = ray.get(self.link.take.remote(is_stopping), timeout=_ANSWERS_WITHIN_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return  # it starts anew
-        self._take(events)
+        self._take(cast(tuple[Any, list[dict[str, Any]]], answer)[1])
 
     def _take(self, events: Iterable[dict[str, Any]]) -> None:
         for event in events:
@@ -177,8 +178,8 @@ class Overseer(tune.Callback):
                 case {"event": "trial_closed", "trial": name}:
                     self._busy.discard(name)
                     self._groups.pop(name, None)
-                case {"event": event_name, "trial": name, "group": group} if event_name == RESERVED:
-                    self._groups[name] = group
+                case {"event": event_name, "trial": name} if event_name == RESERVED:
+                    self._groups[name] = event
 
     def _end(self, name: str, status: str, reason: str) -> None:
         self._busy.discard(name)

@@ -165,6 +165,11 @@ class Rejoining:
             if controller is not None:
                 ray.kill(controller)
 
+    def close(self) -> None:
+        """End the rendezvous: there are no workers any more."""
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self.rendezvous)
+
     def ranks_of(self, places: Collection[int]) -> dict[int, int | None]:
         """See `Rendezvous.bury`; where it does not answer, each place is taken for the rank."""
         try:

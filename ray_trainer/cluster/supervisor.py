@@ -3,8 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.train
@@ -80,7 +81,7 @@ class _Start:
         self._ended: Outcome | BaseException | None = None
         self._told: Outcome | None = None
         self._asked_s = 0.0
-        self._group: str | None = None
+        self._reserved: Mapping[str, Any] | None = None
 
     def wait(self) -> Outcome | BaseException:
         """What came of it; meanwhile this thread passes on what is new, and the wish to stop."""
@@ -97,9 +98,11 @@ class _Start:
         return self._ended
 
     def free_workers(self) -> None:
-        """End workers that a lost controller has left behind: Ray does so by itself only where it has a dashboard."""
-        if self._group is not None:
-            free_group(self._group)
+        """End all that a lost controller has left behind: Ray does so by itself only where it has a dashboard."""
+        if self._reserved is not None:
+            free_group(self._reserved)
+        if self._rejoining is not None:
+            self._rejoining.close()
 
     def _outcome_without_ray(self) -> Outcome | None:
         """What the workers have said a while ago, if Ray's controller does not: it waits for one that died."""
@@ -127,7 +130,7 @@ class _Start:
             self._rejoining.stop(wish)  # again and again: it forgets all when it starts anew
         for event in exchange(self._link, self._watch):
             if event["event"] == RESERVED:
-                self._group = event["group"]
+                self._reserved = event
 
 
 def _outcome(ended: Outcome | BaseException, storage: Storage) -> Outcome:
