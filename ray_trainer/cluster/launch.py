@@ -151,9 +151,9 @@ def fit_watched(
         with watching as watch:
             trainer = partial(_torch_trainer, job, cluster, storage, is_in_place)
             outcome = run_to_end(trainer, storage, link, watch, retries)
+    if outcome.results is None and is_new and not storage.exists("events.jsonl"):
+        storage.delete()  # only Ray's marker is in there
     if outcome.error is not None:
-        if is_new and not storage.exists("events.jsonl"):
-            storage.delete()  # only Ray's marker is in there
         raise outcome.error
     raise_interruption(outcome.stop)
     assert outcome.results is not None
@@ -272,7 +272,7 @@ def _torch_trainer(
                 *recorders(job.link),
                 *listeners(),
                 *(guards(storage, job.link) if isinstance(cluster.num_workers, tuple) else []),
-                *([ReplacementGuard(rejoining.rendezvous, partial(record, storage, job.link))] if rejoining else []),
+                *([ReplacementGuard(partial(record, storage, job.link))] if rejoining else []),
             ],
         ),
     )

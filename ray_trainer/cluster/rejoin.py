@@ -158,13 +158,6 @@ class Rejoining:
         """Let survivors that wait for others save what they have, and end."""
         self.rendezvous.stop.remote(int(stop))
 
-    def end_controller(self) -> None:
-        """End Ray's controller of the run."""
-        with suppress(ray.exceptions.RayError):
-            controller = ray.get(self.rendezvous.controller.remote(), timeout=_TELLS_WITHIN_S)
-            if controller is not None:
-                ray.kill(controller)
-
     def close(self) -> None:
         """End the rendezvous: there are no workers any more."""
         with suppress(ray.exceptions.RayError):

@@ -97,7 +97,6 @@ class Rendezvous:
         self._ended: dict[int, bytes] = {}
         self._outcome: bytes | None = None
         self._complete_s: float | None = None
-        self._controller: ActorHandle | None = None
         self._stop = 0
 
     def join(self, card: Card, past: int) -> dict[str, Any]:
@@ -176,14 +175,6 @@ class Rendezvous:
     def outcome(self) -> bytes | None:
         """What the run has come to, once all ranks are done."""
         return self._outcome
-
-    def controller(self) -> ActorHandle | None:
-        """Ray's controller of the run."""
-        return self._controller
-
-    def is_controlled_by(self, controller: ActorHandle) -> None:
-        """Learn of Ray's controller."""
-        self._controller = controller
 
     def absent(self) -> list[ActorHandle]:
         """The members that may be alive and do not come for the next generation."""

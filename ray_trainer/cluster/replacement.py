@@ -53,17 +53,14 @@ class ReplacementGuard(WorkerGroupCallback):
     else meanwhile.
 
     Args:
-        rendezvous: of the workers; gets to know the controller.
         tell: records an event.
     """
 
-    def __init__(self, rendezvous: ActorHandle, tell: Callable[..., None]) -> None:
-        self._rendezvous = rendezvous
+    def __init__(self, tell: Callable[..., None]) -> None:
         self._tell = tell
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray at each start of workers."""
-        self._rendezvous.is_controlled_by.remote(ray.get_runtime_context().current_actor)
         # starts a process beside each newcomer that would manage no datasets: ours do not go through Ray Train
         callbacks = worker_group._execution_group_callbacks
         callbacks[:] = [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]

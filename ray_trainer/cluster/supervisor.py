@@ -3,9 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import ray
 import ray.train
@@ -14,7 +13,7 @@ from ray.train.torch import TorchTrainer
 
 from ray_trainer.checkpoint.catalog import list_checkpoints
 from ray_trainer.cluster.events import explain_failure, final_error, furthest_step, record
-from ray_trainer.cluster.groups import RESERVED, free_group
+from ray_trainer.cluster.groups import Holdings
 from ray_trainer.cluster.rejoin import Rejoining
 from ray_trainer.cluster.retries import Retries
 from ray_trainer.cluster.storage import mirror
@@ -29,6 +28,9 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S = 0.25
 _ASK_EVERY_S = 10.0
 _ASK_OFTEN_S = 3.0  # once the run is to stop: Ray's controller may wait for room all the while
+_STARTS_WITHIN_S = 30.0
+_ENDS_WITHIN_S = 15.0
+_NO_WORKERS = "the run has had no workers for {:.0f} s: Ray starts them as soon as the cluster has room for all of them"
 _LEAVES = "a node or a worker of the run is going to be taken away; all workers have saved and are started anew"
 
 
@@ -67,7 +69,7 @@ def run_to_end(
             mirror(storage, list_checkpoints(storage))
             return _outcome(ended, storage)
         record(storage, link, "controller_lost", reason="Ray's controller of the run died; another one is started")
-        start.free_workers()
+        start.free()
 
 
 class _Start:
@@ -81,7 +83,9 @@ class _Start:
         self._ended: Outcome | BaseException | None = None
         self._told: Outcome | None = None
         self._asked_s = 0.0
-        self._reserved: Mapping[str, Any] | None = None
+        self._holdings = Holdings()
+        self._is_told = False
+        self._stops_s: float | None = None
 
     def wait(self) -> Outcome | BaseException:
         """What came of it; meanwhile this thread passes on what is new, and the wish to stop."""
@@ -90,17 +94,17 @@ class _Start:
         while thread.is_alive():
             thread.join(timeout=POLL_INTERVAL_S)
             self._exchange()
-            outcome = self._outcome_without_ray()
+            outcome = self._outcome_without_ray() or self._outcome_without_workers()
             if outcome is not None:
+                self.free()
                 return outcome
         self._exchange()
         assert self._ended is not None  # the thread leaves with it
         return self._ended
 
-    def free_workers(self) -> None:
-        """End all that a lost controller has left behind: Ray does so by itself only where it has a dashboard."""
-        if self._reserved is not None:
-            free_group(self._reserved)
+    def free(self) -> None:
+        """End all that there is of it: Ray does so after the loss of a controller only where it has a dashboard."""
+        self._holdings.free()
         if self._rejoining is not None:
             self._rejoining.close()
 
@@ -114,9 +118,22 @@ class _Start:
         if before is None or self._told is None:
             return None
         logger.warning("The run has ended, but Ray's controller has not: it is ended.")
-        self._rejoining.end_controller()
-        self.free_workers()
         return before
+
+    def _outcome_without_workers(self) -> Outcome | None:
+        """What the wish to stop comes to where no workers are, nor have come since: nothing is there to be saved."""
+        now_s, wish, held = time.monotonic(), self._watch.wish(), self._holdings
+        if held.has_workers or not held.is_known:
+            return None
+        if not self._is_told and now_s > held.since_s + _STARTS_WITHIN_S:
+            self._is_told = True
+            self._watch.see({}, [{"event": "waiting_for_room", "reason": _NO_WORKERS.format(now_s - held.since_s)}])
+        if wish is Stop.NONE:
+            return None
+        self._stops_s = self._stops_s or now_s
+        patience_s = _ENDS_WITHIN_S if held.had_workers else _ASK_OFTEN_S  # what they came to may be on its way
+        is_over = now_s > max(self._stops_s, held.since_s) + patience_s
+        return Outcome(results=None, error=None, stop=wish) if is_over else None
 
     def _work(self) -> None:
         try:
@@ -129,8 +146,7 @@ class _Start:
         if self._rejoining is not None and wish is not Stop.NONE:
             self._rejoining.stop(wish)  # again and again: it forgets all when it starts anew
         for event in exchange(self._link, self._watch):
-            if event["event"] == RESERVED:
-                self._reserved = event
+            self._holdings.take(event)
 
 
 def _outcome(ended: Outcome | BaseException, storage: Storage) -> Outcome:

@@ -1,9 +1,12 @@
 """`fit` with one and with two workers does what the original's trainer tests asked for, and continues a run."""
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,15 +30,19 @@ from cluster_runs import (
     whole_lines,
 )
 from experiments import POINTS, Network, Points, assert_same, checkpoints, events, metric_rows
+from ray.util import placement_group, remove_placement_group
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ray_trainer import Experiment, TrainingConfig, load_weights
-from ray_trainer.cluster import ClusterConfig, fit
+from ray_trainer.chaos.processes import command_line, descendants
+from ray_trainer.cluster import ClusterConfig, fit, supervisor
+from ray_trainer.cluster.launch import fit_watched
 from ray_trainer.cluster.storage import SNAPSHOT
 from ray_trainer.errors import ConfigError
+from ray_trainer.runtime import Stop
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -44,6 +51,7 @@ for module in (sys.modules[__name__], experiments):
 
 SIZE, STEPS_AN_EPOCH, EPOCHS = 19, 3, 3  # of eight, eight and three samples
 RESULT_KEYS = {"metrics_summary", "best_epoch", "final_loss", "checkpoint_path", "training_time"}
+OF_A_RUN = ("ray::TrainController", "ray::RayTrainWorker")  # processes
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order, through nine steps of AdamW
 
 
@@ -445,3 +453,37 @@ def test_wrong_configuration_is_refused_with_all_errors_before_anything_is_writt
 
     assert all(name in str(caught.value) for name in ("learning_rate", "batch_size", "num_workers"))
     assert list(tmp_path.iterdir()) == []
+
+
+class Impatient:
+    """Watches a run, and wants it to end as soon as it is told that it waits."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def wish(self) -> Stop:
+        return Stop.SIGTERM if self.told else Stop.NONE
+
+    def see(self, progress: Mapping[str, Any], events: list[dict[str, Any]]) -> None:
+        self.told += [event["reason"] for event in events if event["event"] == "waiting_for_room"]
+
+
+@pytest.mark.parametrize("num_workers", [2, (1, 2)])
+def test_run_that_waits_for_room_says_so_and_can_be_stopped_and_leaves_nothing(num_workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "_STARTS_WITHIN_S", 3.0)
+    experiment = Experiment(build_model, map_style, POINTS)
+    cluster = ClusterConfig(num_workers=num_workers, name="run", storage_path=str(tmp_path))
+    taken = placement_group([{"CPU": 2}])
+    ray.get(taken.ready())
+    watch = Impatient()
+
+    with pytest.raises(SystemExit) as ended:
+        fit_watched(experiment, TrainingConfig(), cluster, {"dropout": 0.0}, nullcontext(watch))
+
+    remove_placement_group(taken)
+    assert ended.value.code == 143
+    assert len(watch.told) == 1
+    assert "no workers" in watch.told[0]
+    assert not (tmp_path / "run").exists()
+    while any(command_line(pid).startswith(OF_A_RUN) for pid in descendants(os.getpid())):
+        time.sleep(0.1)  # until the limit of the test, where they stay
