@@ -235,6 +235,9 @@ def _line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return _line(cause)
+    failure = getattr(error, "health_check_failure", None)
+    if isinstance(failure, ray.exceptions.ActorUnavailableError):  # it may be alive, and is ended
+        return f"Ray's controller could not reach the worker: {' '.join(str(failure).split())}"
     text = str(error).strip()
     if low := _LOW_MEMORY.search(text):
         place = f" ({low[1]}: {low[2]})" if low[1] else ""

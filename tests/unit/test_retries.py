@@ -5,7 +5,7 @@ import traceback
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from ray_trainer.cluster.events import FailureRecorder, describe_failures, furthest_on_storage
@@ -159,6 +159,17 @@ def test_worker_that_ray_ends_for_want_of_memory_is_told_from_others_with_what_t
     )
     assert "lower batch_size" in cause
     assert "\n" not in cause
+
+
+def test_worker_that_could_not_be_reached_is_told_as_that_and_not_by_what_ray_knows_of_it():
+    error = ActorUnavailableError("RpcError: Unavailable\nrpc_code: 14.", bytes(16))
+    about = "A worker health check failed.\nWorker info:\nWorker(\n  actor=Actor(RayTrainWorker, 3450)\n)"
+
+    cause = describe_failures({1: WorkerHealthCheckFailedError(about, error)})
+
+    assert cause.startswith("rank 1: Ray's controller could not reach the worker: The actor 0000")
+    assert "RpcError: Unavailable rpc_code: 14." in cause
+    assert "Worker info" not in cause
 
 
 @pytest.mark.parametrize("kind", [OSError, TimeoutError, ConnectionError, CheckpointError])
