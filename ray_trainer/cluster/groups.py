@@ -3,7 +3,8 @@
 Ray keeps a placement group for as long as the job lives that made it. Ray Train's controller removes its own, and
 a cleaner that asks Ray's dashboard does so when the controller is killed; where there is no dashboard, as on a
 machine that trains for itself, the group of a trial that was killed would stay, and the next trial wait for ever
-(ray-project/ray#54305). So would the cleaner, a process for each controller that is lost.
+(ray-project/ray#54305). So would the cleaner, a process for each controller that is lost. And the group of a controller
+that is ended while it waits for room would be placed later, and keep the CPUs.
 """
 
 import time
@@ -13,55 +14,57 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util import remove_placement_group
 
 from ray_trainer.cluster.internals import (
     ControllerCallback,
     WorkerGroupCallback,
+    groups_created_by,
     missing_call,
-    missing_groups,
+    missing_creators,
     unless_missing,
 )
 
-RESERVED = "workers_reserved"
+#: Events that tell of it. The first has the ``controller``, the second the ``cleaner``.
+CONTROLLED, STARTED, ENDED = "controller_started", "workers_reserved", "workers_released"
 
 
 class GroupRecorder(ControllerCallback, WorkerGroupCallback):
-    """Runs in Ray's controller: tells the driver of it, and of the placement group that the workers are in."""
+    """Runs in Ray's controller: tells the driver of it, and whether there are workers."""
 
     def __init__(self, link: ActorHandle) -> None:
         self._link = link
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Called by Ray before anything else."""
-        self._link.announce.remote(
-            {"event": "controller_started", "controller": ray.get_runtime_context().current_actor}
-        )
-
-    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        """Called by Ray when it has ended all workers, and when not all of them could be started."""
-        self._link.announce.remote({"event": "workers_released"})
+        self._tell(CONTROLLED, controller=ray.get_runtime_context().current_actor)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Called by Ray at each start of workers."""
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         cleaners = (getattr(callback, "_cleaner", None) for callback in getattr(worker_group, "_callbacks", ()))
-        cleaner = next(filter(None, cleaners), None)  # where this Ray has it elsewhere, it is let alone
-        self._link.announce.remote({"event": RESERVED, "group": group.id.hex(), "cleaner": cleaner})
+        self._tell(STARTED, cleaner=next(filter(None, cleaners), None))  # let alone where this Ray has it elsewhere
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """Called by Ray when it has ended all workers, and when not all of them could be started."""
+        self._tell(ENDED)
+
+    def _tell(self, event: str, **details: Any) -> None:
+        self._link.announce.remote({"event": event, **details})
 
 
 def recorders(link: ActorHandle) -> list[GroupRecorder]:
     """What tells the link of Ray's part of a run; nothing in a Ray that does not say."""
-    missing = missing_groups() or missing_call(
+    missing = missing_call(
         [
             (ControllerCallback, "after_controller_start", 1),
+            (WorkerGroupCallback, "after_worker_group_start", 1),
             (WorkerGroupCallback, "after_worker_group_shutdown", 1),
         ]
     )
     consequence = (
         "A run that waits for room can't be stopped, and if Ray's controller is lost its workers may keep their CPUs"
     )
-    return unless_missing(missing, consequence, lambda: GroupRecorder(link))
+    return unless_missing(missing or missing_creators(), consequence, lambda: GroupRecorder(link))
 
 
 class Holdings:
@@ -69,13 +72,14 @@ class Holdings:
 
     Attributes:
         has_workers: all of them have been started, and not been ended.
+        had_workers: there are workers, or were some.
         since_s: by the monotonic clock, when that changed last.
     """
 
     def __init__(self) -> None:
         self._controller: ActorHandle | None = None
-        self._reserved: Mapping[str, Any] | None = None
-        self.has_workers = False
+        self._cleaner: ActorHandle | None = None
+        self.has_workers = self.had_workers = False
         self.since_s = time.monotonic()
 
     @property
@@ -83,36 +87,22 @@ class Holdings:
         """Whether the controller has told of itself."""
         return self._controller is not None
 
-    @property
-    def had_workers(self) -> bool:
-        """Whether there are workers, or were some."""
-        return self._reserved is not None
-
     def take(self, event: Mapping[str, Any]) -> None:
         """Learn of an event."""
         match event:
             case {"event": "controller_started", "controller": controller}:
                 self._controller = controller
-            case {"event": "workers_reserved"}:
-                self._reserved, self.has_workers, self.since_s = event, True, time.monotonic()
+            case {"event": "workers_reserved", "cleaner": cleaner}:
+                self._cleaner, self.had_workers = cleaner, True
+                self.has_workers, self.since_s = True, time.monotonic()
             case {"event": "workers_released"}:
                 self.has_workers, self.since_s = False, time.monotonic()
 
     def free(self) -> None:
-        """End the controller and the workers, if they have not ended."""
+        """End the controller, the workers and the cleaner, and give up what they wait for; what is gone is fine."""
+        for actor in filter(None, (self._controller, self._cleaner)):
+            with suppress(ray.exceptions.RayError):
+                ray.kill(actor)
         if self._controller is not None:
-            ray.kill(self._controller)
-        if self._reserved is not None:
-            free_group(self._reserved)
-
-
-def free_group(reserved: Mapping[str, Any]) -> None:
-    """Remove a placement group, what runs in it, and its cleaner; what is gone is fine.
-
-    Args:
-        reserved: the event that told of it.
-    """
-    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(reserved["group"]))))
-    if reserved["cleaner"] is not None:
-        with suppress(ray.exceptions.RayError):
-            ray.kill(reserved["cleaner"])
+            for group in groups_created_by(self._controller):
+                remove_placement_group(group)

@@ -8,6 +8,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -50,6 +54,30 @@ def missing_groups() -> str | None:
             return f"{owner.__name__} has no {name}"
     calls = ((WorkerGroupCallback, "after_worker_group_start", 1), (WorkerGroup, "get_worker_group_state", 0))
     return missing_call(calls)
+
+
+def missing_creators() -> str | None:
+    """What this Ray lacks of what `groups_created_by` rests on; None if nothing."""
+    try:
+        from ray._private.state import GlobalState
+        from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    except ImportError as error:
+        return str(error)
+    if "creator_actor_id" not in PlacementGroupTableData.DESCRIPTOR.fields_by_name:
+        return "PlacementGroupTableData has no creator_actor_id"
+    return missing_call([(GlobalState, "_connect_and_get_accessor", 0)])
+
+
+def groups_created_by(actor: ActorHandle) -> list[PlacementGroup]:
+    """The placement groups of an actor, whether they are placed or not; public is only whose job they are."""
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    accessor = state._connect_and_get_accessor()
+    found = map(PlacementGroupTableData.FromString, accessor.get_placement_group_table())
+    creator = actor._actor_id.binary()
+    ids = (group.placement_group_id for group in found if group.creator_actor_id == creator)
+    return [PlacementGroup(ray.PlacementGroupID(group)) for group in ids]
 
 
 def missing_call(calls: Iterable[Call]) -> str | None:

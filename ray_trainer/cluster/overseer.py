@@ -1,14 +1,15 @@
 """The driver's side of a sweep while Ray Tune runs it: records, frees, shows, and says when to stop."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, cast
 
 import ray
 from ray import tune
 from ray.actor import ActorHandle
 
-from ray_trainer.cluster.groups import RESERVED, free_group
+from ray_trainer.cluster.groups import Holdings
 from ray_trainer.cluster.ledger import Ledger
 from ray_trainer.cluster.sweep_config import SweepConfig
 from ray_trainer.cluster.trial import STOP_PATIENCE_S
@@ -63,7 +64,7 @@ class Overseer(tune.Callback):
         self._display = display
         self._wish = wish
         self._config = config
-        self._groups: dict[str, Mapping[str, Any]] = {}  # the event that told of it
+        self._holdings = defaultdict[str, Holdings](Holdings)
         self._busy: set[str] = set()
         self._polled = self._summarised = time.monotonic()
         self._stopping_since: float | None = None
@@ -141,7 +142,7 @@ class Overseer(tune.Callback):
     def close(self) -> None:
         """Take note of what came last, and free what a trial could not free itself."""
         self._poll()
-        for name in list(self._groups):
+        for name in list(self._holdings):
             self._free(name)
 
     def _decide_to_stop(self) -> None:
@@ -177,9 +178,9 @@ class Overseer(tune.Callback):
                         trial.live = progress
                 case {"event": "trial_closed", "trial": name}:
                     self._busy.discard(name)
-                    self._groups.pop(name, None)
-                case {"event": event_name, "trial": name} if event_name == RESERVED:
-                    self._groups[name] = event
+                    self._holdings.pop(name, None)
+                case {"trial": name}:
+                    self._holdings[name].take(event)
 
     def _end(self, name: str, status: str, reason: str) -> None:
         self._busy.discard(name)
@@ -192,9 +193,8 @@ class Overseer(tune.Callback):
         self._display.message(f"{name} {status}{value}" + (f": {reason}" if reason else ""))
 
     def _free(self, name: str) -> None:
-        group = self._groups.pop(name, None)
-        if group is not None:
-            free_group(group)
+        if name in self._holdings:
+            self._holdings.pop(name).free()
 
 
 class WhenOverseen(tune.Stopper):

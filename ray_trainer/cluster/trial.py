@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.tune import Trainable
 
 from ray_trainer.checkpoint import CheckpointRecord, list_checkpoints
-from ray_trainer.cluster.groups import RESERVED
+from ray_trainer.cluster.groups import CONTROLLED, ENDED, STARTED
 from ray_trainer.cluster.launch import fit_watched
 from ray_trainer.cluster.sweep_job import SweepJob
 from ray_trainer.cluster.takeover import TOOK_OVER, Note, Offer, offer, same_decision, take_over
@@ -260,7 +260,7 @@ class _TrialWatch:
             for event in events:
                 if event["event"] == "checkpoint_saved":
                     self.has_saved.set()
-                elif event["event"] == RESERVED:
+                elif event["event"] in (CONTROLLED, STARTED, ENDED):
                     self._events.append({**event, "trial": self._name})
                 elif text := tell(event):
                     self._events.append({"event": "message", "text": f"{self._name}: {text}"})

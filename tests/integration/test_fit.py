@@ -474,7 +474,7 @@ def test_run_that_waits_for_room_says_so_and_can_be_stopped_and_leaves_nothing(n
     experiment = Experiment(build_model, map_style, POINTS)
     cluster = ClusterConfig(num_workers=num_workers, name="run", storage_path=str(tmp_path))
     taken = placement_group([{"CPU": 2}])
-    ray.get(taken.ready())
+    ray.get(taken.ready(), timeout=60)
     watch = Impatient()
 
     with pytest.raises(SystemExit) as ended:
@@ -485,5 +485,8 @@ def test_run_that_waits_for_room_says_so_and_can_be_stopped_and_leaves_nothing(n
     assert len(watch.told) == 1
     assert "no workers" in watch.told[0]
     assert not (tmp_path / "run").exists()
+    free = placement_group([{"CPU": 2}])
+    ray.get(free.ready(), timeout=60)  # nothing of the run has come into the place of what was taken
+    remove_placement_group(free)
     while any(command_line(pid).startswith(OF_A_RUN) for pid in descendants(os.getpid())):
         time.sleep(0.1)  # until the limit of the test, where they stay

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.state import GlobalState
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
@@ -17,7 +18,7 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray_trainer import TrainingConfig
 from ray_trainer.cluster import ClusterConfig
 from ray_trainer.cluster.groups import recorders
-from ray_trainer.cluster.internals import missing_groups
+from ray_trainer.cluster.internals import ControllerCallback, missing_creators, missing_groups
 from ray_trainer.cluster.rejoin import rejoins
 from ray_trainer.cluster.replacement import InPlaceConfig, missing_interface
 
@@ -25,6 +26,7 @@ ANOTHER_RAY = Path(__file__).parents[1] / "another_ray"
 
 
 def test_this_ray_replaces_single_workers():
+    assert missing_creators() is None
     assert missing_groups() is None
     assert missing_interface() is None
     assert InPlaceConfig().backend_cls.has_replica_groups
@@ -75,8 +77,12 @@ def test_ray_that_replaces_workers_in_another_way_starts_all_again(monkeypatch, 
     assert missing_interface() == missing
 
 
-def test_run_goes_without_the_place_of_its_workers_where_ray_does_not_tell_it(monkeypatch, caplog):
-    monkeypatch.delattr(WorkerGroup, "get_worker_group_state")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(GlobalState, "_connect_and_get_accessor"), (ControllerCallback, "after_controller_start")],
+)
+def test_run_goes_without_what_ray_has_of_it_where_ray_does_not_tell_it(monkeypatch, caplog, owner, name):
+    monkeypatch.delattr(owner, name)
 
     assert recorders(link=None) == []
     assert "may keep their CPUs, because of another version of Ray" in caplog.text
