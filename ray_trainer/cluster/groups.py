@@ -7,14 +7,13 @@ machine that trains for itself, the group of a trial that was killed would stay,
 that is ended while it waits for room would be placed later, and keep the CPUs.
 """
 
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util import remove_placement_group
+from ray.util import placement_group_table, remove_placement_group
 
 from ray_trainer.cluster.internals import (
     ControllerCallback,
@@ -72,20 +71,19 @@ class Holdings:
 
     Attributes:
         has_workers: all of them have been started, and not been ended.
-        had_workers: there are workers, or were some.
-        since_s: by the monotonic clock, when that changed last.
     """
 
     def __init__(self) -> None:
         self._controller: ActorHandle | None = None
         self._cleaner: ActorHandle | None = None
-        self.has_workers = self.had_workers = False
-        self.since_s = time.monotonic()
+        self.has_workers = False
 
-    @property
-    def is_known(self) -> bool:
-        """Whether the controller has told of itself."""
-        return self._controller is not None
+    def wait_for_room(self) -> bool:
+        """Whether there are no workers, and no place for them: the cluster has no room, or they have just begun."""
+        if self._controller is None or self.has_workers:
+            return False
+        groups = groups_created_by(self._controller)
+        return all(placement_group_table(group).get("state") != "CREATED" for group in groups)
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Learn of an event."""
@@ -93,10 +91,9 @@ class Holdings:
             case {"event": "controller_started", "controller": controller}:
                 self._controller = controller
             case {"event": "workers_reserved", "cleaner": cleaner}:
-                self._cleaner, self.had_workers = cleaner, True
-                self.has_workers, self.since_s = True, time.monotonic()
+                self._cleaner, self.has_workers = cleaner, True
             case {"event": "workers_released"}:
-                self.has_workers, self.since_s = False, time.monotonic()
+                self.has_workers = False
 
     def free(self) -> None:
         """End the controller, the workers and the cleaner, and give up what they wait for; what is gone is fine."""

@@ -28,9 +28,8 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S = 0.25
 _ASK_EVERY_S = 10.0
 _ASK_OFTEN_S = 3.0  # once the run is to stop: Ray's controller may wait for room all the while
-_STARTS_WITHIN_S = 30.0
-_ENDS_WITHIN_S = 15.0
-_NO_WORKERS = "the run has had no workers for {:.0f} s: Ray starts them as soon as the cluster has room for all of them"
+_STARTS_WITHIN_S = 20.0
+_NO_ROOM = "the cluster has had no room for all workers for {:.0f} s; they start as soon as there is"
 _LEAVES = "a node or a worker of the run is going to be taken away; all workers have saved and are started anew"
 
 
@@ -84,8 +83,9 @@ class _Start:
         self._told: Outcome | None = None
         self._asked_s = 0.0
         self._holdings = Holdings()
+        self._looked_s = 0.0
+        self._waits_since_s: float | None = None
         self._is_told = False
-        self._stops_s: float | None = None
 
     def wait(self) -> Outcome | BaseException:
         """What came of it; meanwhile this thread passes on what is new, and the wish to stop."""
@@ -121,19 +121,26 @@ class _Start:
         return before
 
     def _outcome_without_workers(self) -> Outcome | None:
-        """What the wish to stop comes to where no workers are, nor have come since: nothing is there to be saved."""
-        now_s, wish, held = time.monotonic(), self._watch.wish(), self._holdings
-        if held.has_workers or not held.is_known:
+        """What the wish to stop comes to where the cluster has no room for the workers: nothing is there to be saved.
+
+        Workers that are on their way are waited for: Ray 2.60's controller may hang if it is ended meanwhile.
+        """
+        now_s = time.monotonic()
+        if now_s < self._looked_s + _ASK_OFTEN_S:
             return None
-        if not self._is_told and now_s > held.since_s + _STARTS_WITHIN_S:
+        self._looked_s = now_s
+        if not self._holdings.wait_for_room():
+            self._waits_since_s = None
+            return None
+        self._waits_since_s = self._waits_since_s or now_s
+        waited_s = now_s - self._waits_since_s
+        if waited_s < _STARTS_WITHIN_S:
+            return None
+        if not self._is_told:
             self._is_told = True
-            self._watch.see({}, [{"event": "waiting_for_room", "reason": _NO_WORKERS.format(now_s - held.since_s)}])
-        if wish is Stop.NONE:
-            return None
-        self._stops_s = self._stops_s or now_s
-        patience_s = _ENDS_WITHIN_S if held.had_workers else _ASK_OFTEN_S  # what they came to may be on its way
-        is_over = now_s > max(self._stops_s, held.since_s) + patience_s
-        return Outcome(results=None, error=None, stop=wish) if is_over else None
+            self._watch.see({}, [{"event": "waiting_for_room", "reason": _NO_ROOM.format(waited_s)}])
+        wish = self._watch.wish()
+        return None if wish is Stop.NONE else Outcome(results=None, error=None, stop=wish)
 
     def _work(self) -> None:
         try:
