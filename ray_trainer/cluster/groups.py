@@ -95,11 +95,18 @@ class Holdings:
             case {"event": "workers_released"}:
                 self.has_workers = False
 
-    def free(self) -> None:
-        """End the controller, the workers and the cleaner, and give up what they wait for; what is gone is fine."""
-        for actor in filter(None, (self._controller, self._cleaner)):
+    def end(self) -> None:
+        """End the controller, and `free` what it had."""
+        if self._controller is not None:
             with suppress(ray.exceptions.RayError):
-                ray.kill(actor)
+                ray.kill(self._controller)
+        self.free()
+
+    def free(self) -> None:
+        """End the workers and the cleaner, and give up what they wait for; what is gone is fine."""
+        if self._cleaner is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.kill(self._cleaner)
         if self._controller is not None:
             for group in groups_created_by(self._controller):
                 remove_placement_group(group)

@@ -104,7 +104,7 @@ class _Start:
 
     def free(self) -> None:
         """End all that there is of it: Ray does so after the loss of a controller only where it has a dashboard."""
-        self._holdings.free()
+        self._holdings.end()
         if self._rejoining is not None:
             self._rejoining.close()
 
