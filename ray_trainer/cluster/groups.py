@@ -87,13 +87,13 @@ class Holdings:
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Learn of an event."""
-        match event:
-            case {"event": "controller_started", "controller": controller}:
-                self._controller = controller
-            case {"event": "workers_reserved", "cleaner": cleaner}:
-                self._cleaner, self.has_workers = cleaner, True
-            case {"event": "workers_released"}:
-                self.has_workers = False
+        name = event["event"]
+        if name == CONTROLLED:
+            self._controller = event["controller"]
+        elif name == STARTED:
+            self._cleaner, self.has_workers = event["cleaner"], True
+        elif name == ENDED:
+            self.has_workers = False
 
     def end(self) -> None:
         """End the controller, and `free` what it had."""

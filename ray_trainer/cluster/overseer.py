@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray_trainer.cluster.groups import Holdings
 from ray_trainer.cluster.ledger import Ledger
 from ray_trainer.cluster.sweep_config import SweepConfig
-from ray_trainer.cluster.trial import STOP_PATIENCE_S
+from ray_trainer.cluster.takeover import STOP_PATIENCE_S
 from ray_trainer.cluster.trials import TrialRecord
 from ray_trainer.runtime import Stop
 

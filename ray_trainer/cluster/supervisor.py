@@ -68,7 +68,7 @@ def run_to_end(
             mirror(storage, list_checkpoints(storage))
             return _outcome(ended, storage)
         record(storage, link, "controller_lost", reason="Ray's controller of the run died; another one is started")
-        start.free()
+        start.end()
 
 
 class _Start:
@@ -96,13 +96,13 @@ class _Start:
             self._exchange()
             outcome = self._outcome_without_ray() or self._outcome_without_workers()
             if outcome is not None:
-                self.free()
+                self.end()
                 return outcome
         self._exchange()
         assert self._ended is not None  # the thread leaves with it
         return self._ended
 
-    def free(self) -> None:
+    def end(self) -> None:
         """End all that there is of it: Ray does so after the loss of a controller only where it has a dashboard."""
         self._holdings.end()
         if self._rejoining is not None:

@@ -6,20 +6,26 @@ starts again.
 """
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray_trainer.checkpoint.catalog import checkpoint_names
 from ray_trainer.checkpoint.layout import discard, read_manifest
 from ray_trainer.checkpoint.manifest import MANIFEST
+from ray_trainer.errors import LeaseHeldError
 from ray_trainer.metrics.events import EventLog, next_attempt
 from ray_trainer.metrics.jsonl import JsonlLog, read_rows
 from ray_trainer.storage import Storage
+from ray_trainer.storage.lease import holding
 
+STOP_PATIENCE_S = 90.0  # for the step in progress and a checkpoint, before a trial's process is given up
 NOTE = "takeover.json"
 TOOK_OVER = "took_over"
 _METRICS = "metrics.jsonl"
+_ASKS_EVERY_S = 0.5
 _KEPT_COPIES = 3  # of a donor: a taker may still have to wait for its turn
 
 
@@ -87,23 +93,45 @@ def offer(run: Storage, donor: str, checkpoint: str, exchange: Storage, units: i
 
 
 def take_over(run: Storage, note: Note) -> Note:
-    """Make a trial's directory ready to start from an offer; safe to repeat until it is done."""
+    """Make a trial's directory ready to start from an offer; safe to repeat until it is done.
+
+    Waits for the process that served the trial before: what it saves while it ends belongs to the other lineage.
+
+    Raises:
+        LeaseHeldError: it does not end.
+    """
     if note.is_cleared:
         return note
-    note.write(run)
-    for name in checkpoint_names(run):
-        discard(run, name)
-    run.delete(_METRICS)
-    run.delete("tensorboard")
-    log = JsonlLog(run, _METRICS, attempt=0)
-    for row in json.loads(Storage.open(note.offer.place).read(_METRICS)):
-        log.append(row)
-    log.flush()
-    details = {"donor": note.offer.donor, "checkpoint": note.offer.place, "settings": note.settings}
-    EventLog(run, next_attempt(run)).record(TOOK_OVER, note.offer.step, note.offer.epoch, **details)
-    done = Note(note.offer, note.settings, is_cleared=True)
-    done.write(run)
+    with _held(run):
+        note.write(run)
+        for name in checkpoint_names(run):
+            discard(run, name)
+        run.delete(_METRICS)
+        run.delete("tensorboard")
+        log = JsonlLog(run, _METRICS, attempt=0)
+        for row in json.loads(Storage.open(note.offer.place).read(_METRICS)):
+            log.append(row)
+        log.flush()
+        details = {"donor": note.offer.donor, "checkpoint": note.offer.place, "settings": note.settings}
+        EventLog(run, next_attempt(run)).record(TOOK_OVER, note.offer.step, note.offer.epoch, **details)
+        done = Note(note.offer, note.settings, is_cleared=True)
+        done.write(run)
     return done
+
+
+@contextmanager
+def _held(run: Storage) -> Iterator[None]:
+    until_s = time.monotonic() + STOP_PATIENCE_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(holding(run))
+                break
+            except LeaseHeldError:
+                if time.monotonic() > until_s:
+                    raise
+            time.sleep(_ASKS_EVERY_S)
+        yield
 
 
 def same_decision(note: Note | None, place: str, settings: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from ray_trainer.checkpoint import CheckpointRecord, list_checkpoints
 from ray_trainer.cluster.groups import CONTROLLED, ENDED, STARTED
 from ray_trainer.cluster.launch import fit_watched
 from ray_trainer.cluster.sweep_job import SweepJob
-from ray_trainer.cluster.takeover import TOOK_OVER, Note, Offer, offer, same_decision, take_over
+from ray_trainer.cluster.takeover import STOP_PATIENCE_S, TOOK_OVER, Note, Offer, offer, same_decision, take_over
 from ray_trainer.errors import ConfigError, DataError, RayTrainerError
 from ray_trainer.metrics.events import read_events
 from ray_trainer.narration import tell
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 UNITS = "units"
 POLL_INTERVAL_S = 0.5
-STOP_PATIENCE_S = 90.0  # for the step in progress and a checkpoint, before a trial's process is given up
 _FINISHED = {"ended": "finished", "reason": ""}
 
 

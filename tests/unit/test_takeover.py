@@ -1,5 +1,9 @@
 """A trial that takes over another one starts from its weights and optimizer, whatever happens to it meanwhile."""
 
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from ray_trainer import load_weights
 from ray_trainer.cluster.takeover import Note, Offer, offer, same_decision, take_over
 from ray_trainer.cluster.trial import is_finished
 from ray_trainer.storage import Storage
+from ray_trainer.storage.lease import holding
 
 OTHER_RATE = 0.005
 SETTINGS = {"training.learning_rate": OTHER_RATE}
@@ -75,6 +80,25 @@ def test_taker_that_was_killed_on_the_way_does_the_rest(trials):
 
     assert take_over(taker, Note.read(taker)).is_cleared  # started again later: nothing is cleared twice
     assert checkpoints(trials / "taker") == left
+
+
+def test_process_that_still_ends_the_lineage_before_is_waited_for(trials):
+    taker, offered = Storage.open(trials / "taker"), first_offer(trials)
+    is_held, late = threading.Event(), trials / "taker" / "checkpoint_epoch0009_step00000099"
+
+    def end_slowly() -> None:
+        with holding(taker):
+            is_held.set()
+            time.sleep(1.5)
+            shutil.copytree(trials / "donor" / checkpoints(trials / "donor")[0], late)
+
+    with ThreadPoolExecutor() as pool:
+        ending = pool.submit(end_slowly)
+        is_held.wait()
+        take_over(taker, Note(offered, SETTINGS))
+
+    ending.result()
+    assert checkpoints(trials / "taker") == []
 
 
 def test_donor_keeps_its_three_newest_copies(trials):
